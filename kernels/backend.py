@@ -1,0 +1,59 @@
+"""Which implementation of an operation a model runs: its Triton kernel or its eager reference.
+
+The choice is made once, when a module is built (`pick`), and kept as a function reference; no
+`forward` branches on it. Nothing here reads the environment: Triton itself decides at import time
+whether its functions are compiled or interpreted, and `INTERPRETED` only looks at the result.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+import triton
+
+Backend = Literal["auto", "triton", "eager"]
+ResolvedBackend = Literal["triton", "eager"]
+Op = TypeVar("Op", bound=Callable)
+
+NO_GPU = (
+    "backend='triton' needs a GPU, and {device} is none: pass backend='eager' to run the PyTorch "
+    "references, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU."
+)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+INTERPRETED = not isinstance(_probe, triton.JITFunction)
+
+
+def resolve(backend: Backend, device: torch.device | str) -> ResolvedBackend:
+    """`auto` is triton on a GPU and eager elsewhere. Raises ValueError where triton cannot run."""
+    on_gpu = torch.device(device).type == "cuda"
+    if backend not in ("auto", "triton", "eager"):
+        raise ValueError(f"backend: must be 'auto', 'triton' or 'eager', got {backend!r}")
+    if backend == "auto":
+        return "triton" if on_gpu else "eager"
+    if backend == "triton" and not (on_gpu or INTERPRETED):
+        raise ValueError(NO_GPU.format(device=f"device {str(device)!r}"))
+    return backend
+
+
+def pick(backend: ResolvedBackend, op: Op, ref: Op) -> Op:
+    """The function a module keeps: the public Triton op, or its eager reference."""
+    return op if backend == "triton" else ref
+
+
+def check_launchable(x: torch.Tensor) -> None:
+    """Raises ValueError where a Triton launch on `x` would die inside the driver or hit another GPU."""
+    if INTERPRETED:
+        return
+    if not x.is_cuda:
+        raise ValueError(NO_GPU.format(device=f"a tensor on device '{x.device}'"))
+    if x.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"device: tensors are on {x.device}, the current device is "
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device({x.device.index}) first"
+        )

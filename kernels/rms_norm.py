@@ -1,0 +1,191 @@
+"""RMSNorm over the last dimension, alone or fused with the residual add in front of it.
+
+    s = x + residual                                     (rounded to the input dtype)
+    y = weight * round(s / sqrt(mean(s^2) + eps))        Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4
+
+As in Hugging Face's Llama 4 the statistics and the division are float32, the normalised value is
+rounded to the input dtype, and only then multiplied by the weight. The fused form also returns `s`:
+at the input of layer I it is the un-normed residual stream, which is EAGLE-3's tap of that layer.
+
+Letters: T rows, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
+
+MAX_WIDTH = 65536  # one program holds a row in registers
+
+
+@dataclass(frozen=True)
+class NormedResidual:
+    """`normed_TD` feeds the next sub-layer, `residual_TD` (un-normed) goes on along the stream."""
+
+    normed_TD: Tensor
+    residual_TD: Tensor
+
+
+def rms_norm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The formula above in PyTorch, float32 inside."""
+    normed_TD = F.rms_norm(x_TD.float(), x_TD.shape[-1:], eps=eps).to(x_TD.dtype)
+    return normed_TD * weight_D
+
+
+def add_rms_norm_ref(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float):
+    """Residual add, then `rms_norm_ref` of the sum."""
+    sum_TD = x_TD + residual_TD
+    return NormedResidual(rms_norm_ref(sum_TD, weight_D, eps), sum_TD)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,  # [T, D]
+    residual_ptr,  # [T, D], read if HAS_RESIDUAL
+    weight_ptr,  # [D]
+    normed_ptr,  # [T, D]
+    sum_ptr,  # [T, D], written if HAS_RESIDUAL
+    stride_xt,
+    stride_rt,
+    D,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_row = d < D
+    x = tl.load(x_ptr + t * stride_xt + d, mask=in_row, other=0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + t * stride_rt + d, mask=in_row, other=0.0)
+        total = (x + residual.to(tl.float32)).to(dtype)
+        tl.store(sum_ptr + t * D + d, total, mask=in_row)
+        x = total.to(tl.float32)
+    mean_square = tl.sum(x * x, axis=0) / D
+    normed = (x / tl.sqrt(mean_square + eps)).to(dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + d, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + t * D + d, normed * weight, mask=in_row)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One row per program; `BLOCK_D` covers the whole row."""
+
+    BLOCK_D: int
+    num_warps: int
+
+
+def _launch_config(width: int) -> LaunchConfig:
+    """Eight elements per thread, 1 to 16 warps. Chosen by shape; not yet measured on a GPU."""
+    block = triton.next_power_of_2(width)
+    return LaunchConfig(BLOCK_D=block, num_warps=min(16, max(1, block // 256)))
+
+
+def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float):
+    check_launchable(x_TD)
+    rows, width = x_TD.shape
+    normed_TD = x_TD.new_empty(x_TD.shape)
+    sum_TD = x_TD.new_empty(x_TD.shape) if residual_TD is not None else normed_TD
+    residual = x_TD if residual_TD is None else residual_TD
+    config = _launch_config(width)
+    if rows > 0:
+        _rms_norm_kernel[(rows,)](
+            x_TD,
+            residual,
+            weight_D,
+            normed_TD,
+            sum_TD,
+            x_TD.stride(0),
+            residual.stride(0),
+            width,
+            eps,
+            HAS_RESIDUAL=residual_TD is not None,
+            BLOCK_D=config.BLOCK_D,
+            num_warps=config.num_warps,
+        )
+    return normed_TD, sum_TD
+
+
+@torch.library.custom_op("aerie::rms_norm", mutates_args=())
+def _rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _launch(x, None, weight, eps)[0]
+
+
+@_rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("aerie::add_rms_norm", mutates_args=())
+def _add_rms_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _launch(x, residual, weight, eps)
+
+
+@_add_rms_norm_op.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm of every row of `x_TD` ([T, D], last dimension contiguous); returns [T, D], same dtype.
+
+    Raises ValueError on a shape, dtype or layout the kernel would read wrongly.
+    """
+    _check(x_TD, weight_D)
+    return _rms_norm_op(x_TD, weight_D, eps)
+
+
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> NormedResidual:
+    """`rms_norm(x_TD + residual_TD)` and the sum itself, in one pass. Errors as `rms_norm`."""
+    _check(x_TD, weight_D)
+    if residual_TD.shape != x_TD.shape or residual_TD.dtype != x_TD.dtype:
+        raise ValueError(
+            f"residual_TD: must match x_TD {tuple(x_TD.shape)} {x_TD.dtype}, "
+            f"got {tuple(residual_TD.shape)} {residual_TD.dtype}"
+        )
+    return NormedResidual(*_add_rms_norm_op(x_TD, residual_TD.contiguous(), weight_D, eps))
+
+
+def _check(x_TD: Tensor, weight_D: Tensor) -> None:
+    if x_TD.ndim != 2 or x_TD.stride(-1) != 1:
+        raise ValueError(
+            f"x_TD: must be [T, D] with a contiguous last dimension, "
+            f"got shape {tuple(x_TD.shape)} strides {x_TD.stride()}"
+        )
+    if x_TD.shape[1] > MAX_WIDTH:
+        raise ValueError(f"x_TD: width must be at most {MAX_WIDTH}, got {x_TD.shape[1]}")
+    if weight_D.shape != x_TD.shape[1:] or not weight_D.is_contiguous():
+        raise ValueError(
+            f"weight_D: must be a contiguous [{x_TD.shape[1]}], got {tuple(weight_D.shape)}"
+        )
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight of `width`, named as in Hugging Face checkpoints (`weight`)."""
+
+    def __init__(self, width: int, eps: float, backend: ResolvedBackend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.eps = eps
+        self._norm = pick(backend, rms_norm, rms_norm_ref)
+        self._add_norm = pick(backend, add_rms_norm, add_rms_norm_ref)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self._norm(x_TD, self.weight, self.eps)
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor | None) -> NormedResidual:
+        """Norm of `x + residual` and the sum; with no residual yet, the sum is `x` itself."""
+        if residual_TD is None:
+            return NormedResidual(self(x_TD), x_TD)
+        return self._add_norm(x_TD, residual_TD, self.weight, self.eps)

@@ -1,0 +1,63 @@
+"""Shared fixtures. Without a GPU every kernel runs in Triton's interpreter, so the whole suite does.
+
+Outputs that the package allocates are filled with NaN (integers with their largest value) while
+tests run, so that an element no kernel wrote cannot pass by luck.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations_and_seed():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU with Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def dtypes(device) -> tuple[torch.dtype, ...]:
+    """The interpreter computes bfloat16 wrongly (kernels.md 9), so the CPU tests fp32 and fp16."""
+    if device.type == "cuda":
+        return (torch.float32, torch.float16, torch.bfloat16)
+    return (torch.float32, torch.float16)
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """`assert_close(actual, expected, tolerance)`: |actual - expected| <= tolerance * max|expected|.
+
+    A failure prints the worst coordinate with both values, and the maximal and RMS error.
+    """
+
+    def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+        assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+        assert actual.dtype == expected.dtype, f"{actual.dtype} != {expected.dtype}"
+        if actual.numel() == 0:
+            return
+        difference = (actual.double() - expected.double()).abs()
+        difference = torch.where(difference.isnan(), torch.inf, difference)
+        scale = max(expected.double().abs().max().item(), 1e-30)
+        worst = int(difference.argmax())
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), actual.shape))
+        assert difference.max().item() <= tolerance * scale, (
+            f"max error {difference.max():.3e}, RMS {difference.square().mean().sqrt():.3e}, "
+            f"allowed {tolerance * scale:.3e}; worst at {where}: "
+            f"{actual[where].item()!r} instead of {expected[where].item()!r}"
+        )
+
+    return check
