@@ -1,0 +1,159 @@
+"""The draft's configuration, read once from a raw (SafeAI / SpecForge) `config.json`.
+
+Two layer kinds share one wiring. `llama`, which every public Llama 4 draft holds: rotate-half RoPE,
+full causal attention. `llama4`, the layer of vLLM's "Eagle3 for Llama 4": interleaved RoPE, optional
+QK norm and NoPE. Neither chunks its attention, whatever the target does.
+
+Tap ids follow the input convention (id i = input of target layer i), see `SupportsEagle3`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from aerie.llama4.attention_config import (
+    AttentionSpec,
+    RopeConfig,
+    check_heads,
+    read_rope,
+    read_temperature,
+)
+from aerie.llama4.json_fields import CheckpointError, flag, integer, integers, number, read_json
+
+LLAMA = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+LLAMA4 = ("Llama4ForCausalLM", "Eagle3Llama4ForCausalLM")
+UNSUPPORTED = ("yoco_global_kv_layer", "yoco_local_kv_layer", "moe_layers", "sliding_window")
+UNSUPPORTED_FLAGS = ("norm_before_fc", "fc_norm", "norm_output")
+TAP_COUNT_KEYS = ("num_aux_hidden_states", "num_aux_layers", "aux_state_multiplier")
+DEFAULT_ROPE_THETA = 10000.0  # what SpecForge's Llama 4 template, which has no key, was trained with
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Everything the draft's modules are built from."""
+
+    layer_kind: Literal["llama", "llama4"]
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    attention: AttentionSpec
+    rope: RopeConfig
+    rms_norm_eps: float
+    vocab_size: int
+    draft_vocab_size: int
+    num_taps: int
+    aux_hidden_state_layers: tuple[int, ...] | None  # None: the target's default
+    norm_before_residual: bool
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, target_num_layers: int) -> "Eagle3Config":
+        """Reads `folder/config.json`; the target's depth is where the draft's layer is numbered."""
+        return cls.from_hf(read_json(folder / "config.json"), target_num_layers)
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], target_num_layers: int) -> "Eagle3Config":
+        """From the parsed JSON. Raises CheckpointError naming the key, its value and the rule."""
+        kind = _layer_kind(values)
+        _refuse_unsupported(values)
+        hidden_size, vocab_size = integer(values, "hidden_size"), integer(values, "vocab_size")
+        draft_vocab_size = integer(values, "draft_vocab_size", vocab_size)
+        if draft_vocab_size > vocab_size:
+            raise CheckpointError(
+                f"config key 'draft_vocab_size': {draft_vocab_size} exceeds vocab_size {vocab_size}"
+            )
+        taps = _tap_layers(values)
+        width_key = "intermediate_size_mlp" if kind == "llama4" else "intermediate_size"
+        return cls(
+            layer_kind=kind,
+            hidden_size=hidden_size,
+            target_hidden_size=integer(values, "target_hidden_size", hidden_size),
+            intermediate_size=integer(values, width_key, values.get("intermediate_size")),
+            attention=_attention(values, kind, target_num_layers),
+            rope=read_rope(values, DEFAULT_ROPE_THETA),
+            rms_norm_eps=number(values, "rms_norm_eps", 1e-5),
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            num_taps=_num_taps(values, taps),
+            aux_hidden_state_layers=taps,
+            norm_before_residual=flag(values, "norm_before_residual", False),
+        )
+
+
+def draft_no_rope_entry(entries: tuple[int, ...], target_num_layers: int) -> int:
+    """1 (RoPE) or 0 (NoPE) for the draft's only layer, which is numbered after the target's last.
+
+    The list may be absent or empty (RoPE), hold the draft's own entries, or be left-padded already
+    by the target's layer count.
+    """
+    if not entries:
+        return 1
+    is_padded = len(entries) > target_num_layers
+    return entries[target_num_layers] if is_padded else entries[0]
+
+
+def _layer_kind(values: Mapping[str, Any]) -> Literal["llama", "llama4"]:
+    architectures = tuple(values.get("architectures") or ())
+    if set(architectures) & set(LLAMA4) or values.get("model_type") in ("llama4", "llama4_text"):
+        return "llama4"
+    if set(architectures) & set(LLAMA):
+        return "llama"
+    raise CheckpointError(
+        f"config key 'architectures': {list(architectures)} is no known Eagle3 draft; supported are "
+        f"{', '.join(LLAMA + LLAMA4)}"
+    )
+
+
+def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    for key in UNSUPPORTED:
+        if values.get(key):
+            raise CheckpointError(f"config key {key!r}: not supported in a draft, got {values[key]}")
+    for key in UNSUPPORTED_FLAGS:
+        if flag(values, key, False):
+            raise CheckpointError(f"config key {key!r}: this draft variant is not supported")
+    if integer(values, "num_hidden_layers", 1) != 1:
+        raise CheckpointError("config key 'num_hidden_layers': an Eagle3 draft has exactly 1 layer")
+    if values.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"config key 'hidden_act': only 'silu', got {values['hidden_act']!r}")
+
+
+def _attention(
+    values: Mapping[str, Any], kind: Literal["llama", "llama4"], target_num_layers: int
+) -> AttentionSpec:
+    num_heads = integer(values, "num_attention_heads")
+    num_kv_heads = integer(values, "num_key_value_heads", num_heads)
+    hidden_size = integer(values, "hidden_size")
+    head_dim = integer(values, "head_dim", hidden_size // num_heads)
+    check_heads(num_heads, num_kv_heads, head_dim)
+    is_llama4 = kind == "llama4"
+    entries = integers(values, "no_rope_layers") if is_llama4 else ()
+    uses_rope = bool(draft_no_rope_entry(entries, target_num_layers))
+    has_qk_norm = is_llama4 and uses_rope and flag(values, "use_qk_norm", True)
+    return AttentionSpec(
+        input_size=2 * hidden_size,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        bias=flag(values, "attention_bias", False),
+        rotary_layout=("interleaved" if is_llama4 else "half") if uses_rope else None,
+        qk_norm_eps=number(values, "rms_norm_eps", 1e-5) if has_qk_norm else None,
+        temperature=None if uses_rope else read_temperature(values),
+        chunk_size=None,
+    )
+
+
+def _tap_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
+    nested = values.get("eagle_config") or {}
+    key = "eagle_aux_hidden_state_layer_ids"
+    layers = integers(values, key) or integers(nested, key)
+    return layers or None
+
+
+def _num_taps(values: Mapping[str, Any], taps: tuple[int, ...] | None) -> int:
+    default = len(taps) if taps else 3
+    written = [integer(values, key) for key in TAP_COUNT_KEYS if values.get(key) is not None]
+    count = written[0] if written else default
+    if taps is not None and count != len(taps):
+        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids: {taps} are not {count} layers")
+    return count

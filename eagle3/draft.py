@@ -1,0 +1,180 @@
+"""The Eagle3 draft: one decoder layer that predicts the target's next tokens from its hidden states.
+
+    h = fc(concat(taps))                                   once per committed row
+    a = concat(input_layernorm(embed(next token)), hidden_norm(h))
+    r = h + attention(a);  pre = r + mlp(post_attention_layernorm(r))
+    draft logits = lm_head(norm(pre));  the next level's h is `pre`
+
+EAGLE-3 (arXiv 2503.01840), section 3.1, in the layout of its published checkpoints: the head sees the
+normalised vector, the next level the un-normalised one. Row i holds h of position i and the token of
+position i + 1, stands at position and slot i, and predicts position i + 2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aerie.eagle3.checkpoint import RENAME, check_vocabulary_map
+from aerie.eagle3.config import Eagle3Config
+from aerie.kernels.aux_projection import AuxProjection
+from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
+from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
+from aerie.kernels.embedding import Embedding
+from aerie.kernels.linear import Linear
+from aerie.kernels.rms_norm import RMSNorm
+from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
+from aerie.llama4.attention import Attention
+from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.checkpoint import load_weights, resolve_folder
+from aerie.llama4.json_fields import CheckpointError
+from aerie.llama4.mlp import MLP
+from aerie.llama4.model import LayerOutput, Llama4ForCausalLM
+
+
+@dataclass(frozen=True)
+class DraftOutput:
+    """`post_norm_TD` feeds the head, `pre_norm_TD` the next level."""
+
+    post_norm_TD: Tensor
+    pre_norm_TD: Tensor
+
+
+class Eagle3DecoderLayer(nn.Module):
+    """The draft's layer: attention over [embedding, hidden state], then a dense SwiGLU."""
+
+    def __init__(self, config: Eagle3Config, backend: ResolvedBackend) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.norm_before_residual = config.norm_before_residual
+        self.input_layernorm = RMSNorm(width, eps, backend)
+        self.hidden_norm = RMSNorm(width, eps, backend)
+        self.self_attn = Attention(config.attention, 0, backend)
+        self.post_attention_layernorm = RMSNorm(width, eps, backend)
+        self.mlp = MLP(width, config.intermediate_size, backend)
+
+    def forward(
+        self, embeds_TD: Tensor, hidden_TD: Tensor, turns: Rotation, step: Step
+    ) -> LayerOutput:
+        """The sum of the output's two parts is the recycled state."""
+        normed_TD = self.hidden_norm(hidden_TD)
+        both_TD = torch.cat((self.input_layernorm(embeds_TD), normed_TD), dim=-1)
+        attended_TD = self.self_attn(both_TD, turns, step)
+        residual_TD = normed_TD if self.norm_before_residual else hidden_TD
+        middle = self.post_attention_layernorm.add(attended_TD, residual_TD)
+        return LayerOutput(self.mlp(middle.normed_TD), middle.residual_TD)
+
+
+class Eagle3Llama4ForCausalLM(nn.Module):
+    """An Eagle3 draft for a Llama 4 target; parameter names are those of raw checkpoints."""
+
+    d2t: Tensor
+    inv_freq: Tensor
+    embed_tokens: Embedding  # the target's, see `bind`
+
+    def __init__(
+        self,
+        config: Eagle3Config,
+        backend: Backend = "auto",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`device` is where the draft will run; it decides what backend `auto` means."""
+        super().__init__()
+        self.config = config
+        self.backend = resolve(backend, device)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.fc = AuxProjection(
+            config.target_hidden_size, config.num_taps, width, False, self.backend
+        )
+        self.midlayer = Eagle3DecoderLayer(config, self.backend)
+        self.norm = RMSNorm(width, eps, self.backend)
+        self.lm_head = Linear(width, config.draft_vocab_size, False, self.backend)
+        with torch.device("cpu"):  # these must exist even while the rest is built on meta
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            inv_freq_J = inverse_frequencies(
+                config.attention.head_dim, config.rope.theta, config.rope.scaling
+            )
+        self.register_buffer("inv_freq", inv_freq_J, persistent=False)
+        self._rotation = pick(self.backend, rotation, rotation_ref)
+        self._draft_vocab = pick(self.backend, draft_vocab, draft_vocab_ref)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, target: Llama4ForCausalLM, backend: Backend | None = None
+    ) -> "Eagle3Llama4ForCausalLM":
+        """Loads a raw-layout draft and binds it to `target`: its embedding, dtype, device, taps.
+
+        Strict like the target's loader. Raises CheckpointError listing all that is wrong.
+        """
+        folder = resolve_folder(path)
+        config = Eagle3Config.from_pretrained(folder, target.config.num_hidden_layers)
+        _check_fits(config, target)
+        weight = target.lm_head.weight
+        with torch.device("meta"):
+            draft = cls(config, backend or target.backend, weight.device)
+        is_full_vocabulary = config.draft_vocab_size == config.vocab_size
+        optional = ("d2t",) if is_full_vocabulary else ()
+        load_weights(draft, folder, RENAME, weight.dtype, weight.device, optional)
+        check_vocabulary_map(draft.d2t, config.vocab_size, folder)
+        draft.bind(target)
+        return draft
+
+    def bind(self, target: Llama4ForCausalLM) -> None:
+        """Shares the target's embedding and sets the target's taps."""
+        layers = (
+            self.config.aux_hidden_state_layers
+            or target.get_eagle3_default_aux_hidden_state_layers()
+        )
+        if len(layers) != self.config.num_taps:
+            raise CheckpointError(f"taps: fc reads {self.config.num_taps}, the ids are {layers}")
+        target.set_aux_hidden_state_layers(layers)
+        # The target owns this module: registered here, it would be moved and saved with the draft.
+        object.__setattr__(self, "embed_tokens", target.model.embed_tokens)
+
+    def combine_hidden_states(self, aux_hidden_states: Sequence[Tensor]) -> Tensor:
+        """fc over the taps (each [T, target width]); their concatenation is never built."""
+        return self.fc(aux_hidden_states)
+
+    def forward(self, input_ids_T: Tensor, hidden_states_TD: Tensor, step: Step) -> DraftOutput:
+        """One pass: each row takes its hidden state and the token of the *next* position."""
+        turns = self._rotation(step.rows.positions_T, self.inv_freq)
+        stream = self.midlayer(self.embed_tokens(input_ids_T), hidden_states_TD, turns, step)
+        last = self.norm.add(stream.delta_TD, stream.residual_TD)
+        return DraftOutput(last.normed_TD, last.residual_TD)
+
+    def top_tokens(self, post_norm_TD: Tensor, k: int) -> DraftTokens:
+        """The k likeliest next tokens of each row as target ids, with draft log-probabilities."""
+        return self._draft_vocab(post_norm_TD, self.lm_head.weight, self.d2t, k)
+
+    def compute_draft_logits(self, post_norm_TD: Tensor) -> Tensor:
+        """[T, U] logits over the draft vocabulary."""
+        return self.lm_head(post_norm_TD)
+
+    def allocate_cache(self, max_length: int, page_size: int = 64) -> PagedKVCache:
+        """A one-layer cache in this draft's dtype and on its device."""
+        attention, weight = self.config.attention, self.lm_head.weight
+        return PagedKVCache(
+            1,
+            attention.num_kv_heads,
+            attention.head_dim,
+            max_length,
+            page_size=page_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            backend=self.backend,
+        )
+
+
+def _check_fits(config: Eagle3Config, target: Llama4ForCausalLM) -> None:
+    widths = (config.target_hidden_size, config.hidden_size)
+    if set(widths) != {target.config.hidden_size}:
+        raise CheckpointError(
+            f"draft: (target_hidden_size, hidden_size) {widths} must both be the target's "
+            f"{target.config.hidden_size}, whose embedding the draft shares"
+        )
+    if config.vocab_size != target.config.vocab_size:
+        raise CheckpointError(
+            f"draft: vocab_size {config.vocab_size} is not the target's {target.config.vocab_size}"
+        )

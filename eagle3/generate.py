@@ -1,0 +1,158 @@
+"""Speculative decoding, EAGLE-3 (arXiv 2503.01840): draft, verify, accept, commit.
+
+Greedy, one sequence. The plain loop is the same code with a drafter that proposes nothing, so what
+speculation is compared with differs from it in nothing else.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.drafter import ChainDrafter, Drafter, NoDrafter
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.eagle3.stats import Stats
+from aerie.eagle3.verify import Verified, Verifier
+from aerie.llama4.model import Llama4ForCausalLM
+
+PREFILL_ROWS = 1024  # rows of one prefill pass; bounds its activations
+
+FinishReason = Literal["eos", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """`tokens` after the prompt, the end token included; why it stopped; what it took."""
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+class Decoding:
+    """One sequence being decoded. Iterating yields the accepted tokens in bursts."""
+
+    def __init__(
+        self,
+        target: Llama4ForCausalLM,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        draft: Eagle3Llama4ForCausalLM | None = None,
+        num_speculative_tokens: int = 4,
+        eos_token_ids: Sequence[int] | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
+        """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain."""
+        _check_prompt(prompt_ids, max_new_tokens, target)
+        num_drafted = SpeculativeConfig(num_speculative_tokens=num_speculative_tokens)
+        self.context = target.config.max_position_embeddings
+        self.device = target.lm_head.weight.device
+        self.prompt_ids = list(prompt_ids)
+        self.max_new_tokens = max_new_tokens
+        self.num_speculative_tokens = num_drafted.num_speculative_tokens
+        eos = target.config.eos_token_ids if eos_token_ids is None else eos_token_ids
+        self.eos_token_ids = frozenset(eos)
+        needed = len(self.prompt_ids) + max_new_tokens + num_speculative_tokens + 1
+        capacity = min(self.context, needed)
+        cache = target.allocate_cache(capacity)
+        self.verifier = Verifier(target, cache, target.backend)
+        self.drafter = drafter or _drafter(draft, capacity, self.device)
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stats = Stats()
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[list[int]]:
+        start = time.perf_counter()
+        with self.stats.timed("prefill"):
+            verified = self._prefill()
+        while True:
+            burst = self._keep(verified.tokens)
+            self.stats.total_ms = 1e3 * (time.perf_counter() - start)
+            yield burst
+            if self.finish_reason is not None:
+                return
+            with self.stats.timed("draft"):
+                draft = self.drafter.propose(self._room())
+            with self.stats.timed("verify"):
+                verified = self.verifier.verify(self._ids(self.tokens[-1:]), draft)
+            self.drafter.observe(verified.aux_hidden_states, self._ids(verified.tokens))
+            self.stats.count_draft(len(draft.tokens_N), len(verified.path) - 1)
+
+    def _prefill(self) -> Verified:
+        for start in range(0, len(self.prompt_ids), PREFILL_ROWS):
+            ids = self.prompt_ids[start : start + PREFILL_ROWS]
+            verified = self.verifier.prefill(self._ids(ids))
+            following = self.prompt_ids[start + 1 : start + 1 + len(ids)]
+            is_last = len(following) < len(ids)
+            next_ids = following + verified.tokens if is_last else following
+            self.drafter.observe(verified.aux_hidden_states, self._ids(next_ids))
+            self.stats.num_target_passes += 1
+        return verified
+
+    def _keep(self, tokens: list[int]) -> list[int]:
+        """The part of an accepted run that is output: up to an end token or a limit inside it."""
+        ends = [i for i, token in enumerate(tokens) if token in self.eos_token_ids]
+        room = self.max_new_tokens - len(self.tokens)
+        burst = tokens[: min(ends[0] + 1, room) if ends else room]
+        self.tokens += burst
+        self.stats.num_tokens = len(self.tokens)
+        if ends and len(burst) > ends[0]:
+            self.finish_reason = "eos"
+        elif len(self.tokens) == self.max_new_tokens:
+            self.finish_reason = "length"
+        elif len(self.prompt_ids) + len(self.tokens) == self.context:
+            self.finish_reason = "context"
+        return burst
+
+    def _room(self) -> int:
+        """Tokens to draft: fewer where even the bonus token would not fit into the context."""
+        written = len(self.prompt_ids) + len(self.tokens)
+        return min(self.num_speculative_tokens, self.context - written - 1)
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+
+
+def generate(
+    target: Llama4ForCausalLM,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    draft: Eagle3Llama4ForCausalLM | None = None,
+    num_speculative_tokens: int = 4,
+    eos_token_ids: Sequence[int] | None = None,
+) -> Generation:
+    """Greedy decoding of one prompt; with a `draft`, the same tokens in fewer target passes.
+
+    Raises ValueError for an empty or too long prompt, ids outside the vocabulary, or counts < 1.
+    """
+    decoding = Decoding(
+        target, prompt_ids, max_new_tokens, draft, num_speculative_tokens, eos_token_ids
+    )
+    tokens = [token for burst in decoding for token in burst]
+    assert decoding.finish_reason is not None
+    return Generation(tokens, decoding.finish_reason, decoding.stats)
+
+
+def _drafter(
+    draft: Eagle3Llama4ForCausalLM | None, capacity: int, device: torch.device
+) -> Drafter:
+    return NoDrafter(device) if draft is None else ChainDrafter(draft, capacity)
+
+
+def _check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, target: Llama4ForCausalLM):
+    context, vocab_size = target.config.max_position_embeddings, target.config.vocab_size
+    if not 1 <= len(prompt_ids) < context:
+        raise ValueError(
+            f"prompt_ids: must hold 1..{context - 1} tokens (the context is {context}), "
+            f"got {len(prompt_ids)}"
+        )
+    outside = [token for token in prompt_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"prompt_ids: must lie in 0..{vocab_size - 1}, got {outside[:5]}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")

@@ -1,0 +1,29 @@
+"""What EAGLE-3 asks of a target model; the loop and the draft know nothing else about it."""
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.model import Llama4Output
+
+
+@runtime_checkable
+class SupportsEagle3(Protocol):
+    """A target whose un-normed residual stream can be tapped at the input of chosen layers.
+
+    Layer ids count inputs: 0 is the embedding, N the stream behind the last layer. vLLM's two names
+    for the default ids, (2, N // 2, N - 3), are the same function.
+    """
+
+    def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None: ...
+
+    def get_eagle3_default_aux_hidden_state_layers(self) -> tuple[int, ...]: ...
+
+    def get_eagle3_aux_hidden_state_layers(self) -> tuple[int, ...]: ...
+
+    def allocate_cache(self, max_length: int) -> PagedKVCache: ...
+
+    def __call__(
+        self, input_ids_T: Tensor, step: Step, logit_rows: Tensor | None = None
+    ) -> Llama4Output: ...

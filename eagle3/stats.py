@@ -1,0 +1,80 @@
+"""What a generation did: passes, acceptance and time, in the field's own terms."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Stats:
+    """Counts and times of one generation, filled while it runs.
+
+    A *draft* is one round that proposed tokens; acceptance is counted as verified, before an end
+    token or a length limit cuts the run. Times are host clock: on a GPU, work launched
+    asynchronously counts where the host waits for it, which is in verification.
+    """
+
+    num_tokens: int = 0
+    num_target_passes: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # drafts whose position i was accepted
+    drafted_at: list[int] = field(default_factory=list)  # drafts that had a position i
+    prefill_ms: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    total_ms: float = 0.0
+
+    def count_draft(self, num_drafted: int, num_accepted: int) -> None:
+        """Books one round."""
+        self.num_target_passes += 1
+        if num_drafted == 0:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        missing = num_drafted - len(self.drafted_at)
+        self.drafted_at += [0] * missing
+        self.accepted_at += [0] * missing
+        for position in range(num_drafted):
+            self.drafted_at[position] += 1
+            self.accepted_at[position] += position < num_accepted
+
+    @contextmanager
+    def timed(self, part: Literal["prefill", "draft", "verify"]) -> Iterator[None]:
+        """Adds the block's duration to `part`."""
+        start = time.perf_counter()
+        yield
+        elapsed = 1e3 * (time.perf_counter() - start)
+        setattr(self, f"{part}_ms", getattr(self, f"{part}_ms") + elapsed)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(self.accepted_at)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens per verified draft, bonus token included; 1 without any draft."""
+        if self.num_drafts == 0:
+            return 1.0
+        return 1 + self.num_accepted_tokens / self.num_drafts
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Share of the drafts in which position i was accepted (unconditional)."""
+        return [a / n for a, n in zip(self.accepted_at, self.drafted_at, strict=True)]
+
+    @property
+    def conditional_acceptance_per_position(self) -> list[float]:
+        """Share of the drafts accepted up to position i - 1 in which position i was accepted too."""
+        before = [self.num_drafts, *self.accepted_at]
+        return [a / n if n else 0.0 for a, n in zip(self.accepted_at, before, strict=False)]
+
+    @property
+    def other_ms(self) -> float:
+        return self.total_ms - self.prefill_ms - self.draft_ms - self.verify_ms
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e3 * self.num_tokens / self.total_ms if self.total_ms else 0.0

@@ -1,0 +1,83 @@
+"""What one attention layer does, and the config keys that say so; shared by target and draft."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aerie.kernels.rope import Layout
+from aerie.kernels.rotation import Llama3Scaling
+from aerie.llama4.json_fields import CheckpointError, flag, integer, number
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Base frequency and optional llama3 scaling."""
+
+    theta: float
+    scaling: Llama3Scaling | None
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """NoPE query scale: 1 + scale * ln(1 + floor((position + 1) / floor_scale))."""
+
+    floor_scale: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer: what it projects, rotates, normalises and may see."""
+
+    input_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool
+    rotary_layout: Layout | None  # None: NoPE
+    qk_norm_eps: float | None  # None: queries and keys are not normalised
+    temperature: Temperature | None
+    chunk_size: int | None  # None: all earlier positions are visible
+
+
+def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Query heads must be a multiple of key/value heads, and a head an even number of dimensions."""
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config key 'num_attention_heads': {num_heads} is not a multiple of "
+            f"num_key_value_heads {num_kv_heads}"
+        )
+    if head_dim % 2 or not 2 <= head_dim <= 256:
+        raise CheckpointError(f"config key 'head_dim': must be even and <= 256, got {head_dim}")
+
+
+def read_rope(values: Mapping[str, Any], default_theta: float) -> RopeConfig:
+    """RoPE from `rope_parameters`, or from top-level `rope_theta` and `rope_scaling`."""
+    nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"config key 'rope_parameters': must be an object, got {nested!r}")
+    theta = number(nested if "rope_theta" in nested else values, "rope_theta", default_theta)
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta, None)
+    if kind != "llama3":
+        raise CheckpointError(
+            f"config key 'rope_type': supported are 'default', 'llama3'; got {kind!r}"
+        )
+    return RopeConfig(
+        theta,
+        Llama3Scaling(
+            factor=number(nested, "factor"),
+            low_freq_factor=number(nested, "low_freq_factor"),
+            high_freq_factor=number(nested, "high_freq_factor"),
+            original_max_position_embeddings=integer(nested, "original_max_position_embeddings"),
+        ),
+    )
+
+
+def read_temperature(values: Mapping[str, Any]) -> Temperature | None:
+    """The NoPE layers' attention temperature, or None where the file switches it off."""
+    if not flag(values, "attn_temperature_tuning", True):
+        return None
+    return Temperature(number(values, "floor_scale", 8192), number(values, "attn_scale", 0.1))

@@ -1,0 +1,148 @@
+"""Strict reading of a safetensors folder into a module: every tensor accounted for, both ways.
+
+A draft that loads wrongly stays lossless and merely accepts nothing, and a target that loads wrongly
+is fluent nonsense, so nothing is skipped, guessed or filled in: all that is wrong is listed at once.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from aerie.llama4.json_fields import CheckpointError, read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """How tensor names of the files become parameter names.
+
+    `prefixes` are replaced at the start of a name (first match); names that start with one of
+    `ignored` are left out on purpose.
+    """
+
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def __call__(self, name: str) -> str | None:
+        """The parameter's name, or None for a tensor that is left out."""
+        if name.startswith(self.ignored):
+            return None
+        for old, new in self.prefixes.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """A local checkpoint folder; a string like `owner/name` that is none is fetched from the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise CheckpointError(f"{path}: no such folder, nor a hub id of the form owner/name")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise CheckpointError(
+            f"{path}: no such folder, and fetching it from the hub failed ({error})"
+        ) from error
+
+
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    renaming: Renaming,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Replaces the (meta) parameters of `module` by the folder's tensors, cast to `dtype`.
+
+    Integer buffers such as a vocabulary map keep their own type; an `optional` tensor that is
+    absent keeps the module's value. Raises CheckpointError.
+    """
+    found = read_tensors(folder, renaming)
+    expected = dict(module.named_parameters()) | _persistent_buffers(module)
+    expected = {k: v for k, v in expected.items() if k in found or k not in optional}
+    problems = _differences(expected, found)
+    problems += [f"{name}: not finite" for name in expected if not _is_finite(found.get(name))]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
+    loaded = {name: _cast(found[name], dtype, device) for name in expected}
+    loaded |= {alias: loaded[name] for alias, name in _tied(module).items()}
+    module.load_state_dict(loaded, strict=False, assign=True)
+    module.to(device).eval().requires_grad_(False)
+
+
+def read_tensors(folder: Path, renaming: Renaming) -> dict[str, Tensor]:
+    """All tensors of the folder under their parameter names, memory-mapped."""
+    tensors: dict[str, Tensor] = {}
+    for file in _shards(folder):
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    _add(tensors, renaming(name), shard.get_tensor(name), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+    return tensors
+
+
+def _add(tensors: dict[str, Tensor], name: str | None, tensor: Tensor, file: Path) -> None:
+    if name in tensors:
+        raise CheckpointError(f"{file}: tensor {name} appears twice in the checkpoint")
+    if name is not None:
+        tensors[name] = tensor
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: 'weight_map' must be a non-empty object")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX}: {name!r} is not a plain safetensors file name")
+    return [folder / name for name in names]
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    missing = [f"{name}: missing" for name in expected if name not in found]
+    extra = [f"{name}: unexpected" for name in found if name not in expected]
+    wrong = [
+        f"{name}: shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    return missing + extra + wrong
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    return tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Second names of parameters that two modules share, by their first names."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    everything = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in everything if name != first[id(p)]}
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    names = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in names}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)

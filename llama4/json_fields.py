@@ -1,0 +1,75 @@
+"""Typed reading of a checkpoint's JSON: every wrong field is one sentence that names it.
+
+Config classes read each field once through these functions; nothing downstream asks the JSON again.
+A config is data: no value in it makes this package import, run or fetch anything.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 16 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be loaded as what it claims to be."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`. Raises CheckpointError if it is absent, malformed or not an object."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; a checkpoint folder must contain {path.name}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a model config")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def integer(values: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    """The integer under `key`, at least `least`."""
+    value = _get(values, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CheckpointError(f"config key {key!r}: must be an integer >= {least}, got {value!r}")
+    return value
+
+
+def number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """The positive finite number under `key`."""
+    value = _get(values, key, default)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"config key {key!r}: must be a positive number, got {value!r}")
+    return float(value)
+
+
+def flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """The boolean under `key`; older Llama 4 files write some flags as integers."""
+    value = _get(values, key, default)
+    if not isinstance(value, (bool, int)):
+        raise CheckpointError(f"config key {key!r}: must be true or false, got {value!r}")
+    return bool(value)
+
+
+def integers(values: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """The list of integers under `key`; absent, null and a bare integer are read as a list too."""
+    value = values.get(key)
+    items = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, int) for item in items):
+        raise CheckpointError(f"config key {key!r}: must be a list of integers, got {value!r}")
+    return tuple(items)
+
+
+def _get(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = values.get(key)
+    if value is not None:
+        return value
+    if default is None:
+        raise CheckpointError(f"config key {key!r}: missing")
+    return default

@@ -1,0 +1,185 @@
+"""The Llama 4 text model over `aerie.kernels`; parameter names are those of HF checkpoints.
+
+The residual stream is kept as (delta, residual) so that every residual add fuses with the norm
+behind it. `residual` after a layer's first norm is the un-normed input of that layer: EAGLE-3's tap.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
+from aerie.kernels.embedding import Embedding, embedding, embedding_ref
+from aerie.kernels.linear import Linear
+from aerie.kernels.rms_norm import NormedResidual, RMSNorm
+from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
+from aerie.llama4.attention import Attention
+from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.checkpoint import Renaming, load_weights, resolve_folder
+from aerie.llama4.config import Llama4Config
+from aerie.llama4.mlp import MLP
+from aerie.llama4.moe import MoE
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """`delta_TD` has not been added to the un-normed stream `residual_TD` (None: empty) yet."""
+
+    delta_TD: Tensor
+    residual_TD: Tensor | None
+
+
+@dataclass(frozen=True)
+class Llama4Output:
+    """`logits_TV` of the asked rows; `aux_hidden_states[i]` is [T, D], in ascending layer order."""
+
+    logits_TV: Tensor
+    aux_hidden_states: tuple[Tensor, ...]
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense or mixture-of-experts feed-forward, each behind an RMSNorm."""
+
+    def __init__(self, config: Llama4Config, layer: int, backend: ResolvedBackend) -> None:
+        super().__init__()
+        is_moe = layer in config.moe_layers
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(width, eps, backend)
+        self.self_attn = Attention(config.attention(layer), layer, backend)
+        self.post_attention_layernorm = RMSNorm(width, eps, backend)
+        self.feed_forward = (
+            MoE(config, backend) if is_moe else MLP(width, config.intermediate_size_mlp, backend)
+        )
+
+    def forward(self, entry: NormedResidual, rotation: Rotation, step: Step) -> LayerOutput:
+        attended_TD = self.self_attn(entry.normed_TD, rotation, step)
+        middle = self.post_attention_layernorm.add(attended_TD, entry.residual_TD)
+        return LayerOutput(self.feed_forward(middle.normed_TD), middle.residual_TD)
+
+
+class Llama4Model(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: Llama4Config, backend: ResolvedBackend) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, backend)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, backend) for layer in layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+        with torch.device("cpu"):  # computed, not loaded: must exist even while building on meta
+            inv_freq_J = inverse_frequencies(
+                config.head_dim, config.rope.theta, config.rope.scaling
+            )
+        self.register_buffer("inv_freq", inv_freq_J, persistent=False)
+        self._rotation = pick(backend, rotation, rotation_ref)
+
+    def rotation(self, positions_T: Tensor) -> Rotation:
+        """Cosines and sines of the rows' positions, shared by all layers of a step."""
+        return self._rotation(positions_T, self.inv_freq)
+
+
+RENAME = Renaming(
+    prefixes={"language_model.": ""},
+    ignored=("vision_model.", "multi_modal_projector."),
+)
+
+
+class Llama4ForCausalLM(nn.Module):
+    """A Llama 4 target that can be verified against and tapped (`SupportsEagle3`)."""
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        backend: Backend = "auto",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`device` is where the model will run; it decides what backend `auto` means."""
+        super().__init__()
+        self.config = config
+        self.backend = resolve(backend, device)
+        self.model = Llama4Model(config, self.backend)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, False, self.backend)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._aux_layers: tuple[int, ...] = ()
+        self._pick_rows = pick(self.backend, embedding, embedding_ref)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        backend: Backend = "auto",
+    ) -> "Llama4ForCausalLM":
+        """Loads a Hugging Face folder (or hub id), text-only or the text part of a multimodal one.
+
+        Strict: every parameter must be present once, in the right shape and finite, and nothing
+        may be left over. Raises CheckpointError listing all that is wrong.
+        """
+        folder = resolve_folder(path)
+        config = Llama4Config.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config, backend, device)
+        load_weights(model, folder, RENAME, dtype, device)
+        return model
+
+    def forward(
+        self, input_ids_T: Tensor, step: Step, logit_rows: Tensor | None = None
+    ) -> Llama4Output:
+        """One pass over the T rows of `step` (see `PagedKVCache.causal_step` and `tree_step`).
+
+        `logit_rows` (int64) picks the rows whose logits [.., V] are wanted; all if None. The taps
+        set by `set_aux_hidden_state_layers` are returned for all rows.
+        """
+        aux: dict[int, Tensor] = {}
+        model = self.model
+        turns = model.rotation(step.rows.positions_T)
+        stream = LayerOutput(model.embed_tokens(input_ids_T), None)
+        for index, layer in enumerate(model.layers):
+            entry = layer.input_layernorm.add(stream.delta_TD, stream.residual_TD)
+            aux[index] = entry.residual_TD
+            stream = layer(entry, turns, step)
+        last = model.norm.add(stream.delta_TD, stream.residual_TD)
+        aux[len(model.layers)] = last.residual_TD
+        hidden_TD = last.normed_TD
+        if logit_rows is not None:
+            hidden_TD = self._pick_rows(logit_rows, hidden_TD)
+        return Llama4Output(self.lm_head(hidden_TD), tuple(aux[i] for i in self._aux_layers))
+
+    def allocate_cache(
+        self, max_length: int, num_sequences: int = 1, page_size: int = 64
+    ) -> PagedKVCache:
+        """A cache for this model's layers, dtype and device."""
+        return PagedKVCache(
+            self.config.num_hidden_layers,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+            max_length,
+            num_sequences=num_sequences,
+            page_size=page_size,
+            dtype=self.lm_head.weight.dtype,
+            device=self.lm_head.weight.device,
+            backend=self.backend,
+        )
+
+    def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
+        """Taps the un-normed residual stream at the *input* of each of `layers` (0 .. num layers).
+
+        Input to layer i is the output of layer i - 1, and `hidden_states[i]` in transformers.
+        """
+        depth = self.config.num_hidden_layers
+        if len(set(layers)) != len(layers) or not all(0 <= i <= depth for i in layers):
+            raise ValueError(
+                f"layers: must be distinct and within 0..{depth} (inputs of layers), got {layers}"
+            )
+        self._aux_layers = tuple(sorted(layers))
+
+    def get_eagle3_default_aux_hidden_state_layers(self) -> tuple[int, int, int]:
+        """(2, N // 2, N - 3): early, middle and late, as EAGLE-3's public heads were trained."""
+        depth = self.config.num_hidden_layers
+        return (2, depth // 2, depth - 3)
+
+    get_eagle3_aux_hidden_state_layers = get_eagle3_default_aux_hidden_state_layers

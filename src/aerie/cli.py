@@ -1,0 +1,141 @@
+"""The command line: `aerie generate` and `aerie doctor`.
+
+Text and tables go to stdout, everything else to stderr; `--json` prints one object on stdout and
+nothing else there. Exit codes: 0 fine, 1 `--check` found different ids, 2 bad input.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from aerie import report
+from aerie.doctor import diagnose
+from aerie.run import Request, load, run
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+class BackendName(StrEnum):
+    auto = "auto"
+    triton = "triton"
+    eager = "eager"
+
+
+class DtypeName(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+@app.callback()
+def _commands() -> None:
+    """EAGLE-3 speculative decoding for Llama 4 on hand-written Triton kernels."""
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None, typer.Option(help="Target: folder or hub id. Default: the embedded pair.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Eagle3 draft: folder or hub id.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(help='JSON, e.g. {"method": "eagle3", "num_speculative_tokens": 4}'),
+    ] = None,
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False,
+    backend: Annotated[BackendName, typer.Option()] = BackendName.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if any.")] = "auto",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="auto: bfloat16 on a GPU, else float32.")
+    ] = DtypeName.auto,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also decode without the draft and compare the ids.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Decode a prompt speculatively, and show what the draft was worth."""
+    with _exit_code_2_on_bad_input():
+        request = Request.build(
+            model=model,
+            draft=draft,
+            prompt=_prompt(prompt, prompt_file),
+            max_new_tokens=max_new_tokens,
+            speculative_config=speculative_config,
+            no_draft=no_draft,
+            backend=backend.value,
+            device=device,
+            dtype=dtype.value,
+            check=check,
+        )
+        loaded = load(request)
+        if loaded.draft is None and not no_draft:
+            stderr.print("No draft given (--draft): plain decoding.")
+        outcome = run(request, loaded, on_text=None if as_json else _print_now)
+    if as_json:
+        print(json.dumps(report.as_dict(outcome)))
+    else:
+        stdout.print()
+        stdout.print(report.as_table(outcome))
+    if outcome.identical is False:
+        stderr.print(report.first_difference(outcome))
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Versions, devices, and which backend `auto` means here."""
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps(diagnosis))
+        return
+    stdout.print(report.key_value_table(diagnosis))
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("--prompt, --prompt-file: give exactly one of them")
+    text = prompt if prompt_file is None else _read(prompt_file)
+    if not text:
+        raise ValueError("the prompt is empty; give at least one character")
+    return text
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file: cannot read {file} ({error})") from error
+
+
+def _print_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def _exit_code_2_on_bad_input() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError) as error:
+        stderr.print(f"error: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error

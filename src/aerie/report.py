@@ -1,0 +1,88 @@
+"""How an outcome is shown: one JSON object, or a small table."""
+
+from typing import Any
+
+from rich.table import Table
+
+from aerie.eagle3.stats import Stats
+from aerie.run import Outcome
+
+
+def as_dict(outcome: Outcome) -> dict[str, Any]:
+    """The object `--json` prints."""
+    result: dict[str, Any] = {"text": outcome.text, "token_ids": outcome.tokens}
+    if outcome.identical is not None:
+        result["identical"] = outcome.identical
+    result["finish_reason"] = outcome.finish_reason
+    result["stats"] = stats_as_dict(outcome.stats)
+    if outcome.plain_stats is not None:
+        result["plain_stats"] = stats_as_dict(outcome.plain_stats)
+    return result
+
+
+def stats_as_dict(stats: Stats) -> dict[str, Any]:
+    """Names as vLLM's bench where it has them; times are totals in milliseconds."""
+    return {
+        "num_tokens": stats.num_tokens,
+        "num_target_passes": stats.num_target_passes,
+        "num_drafts": stats.num_drafts,
+        "num_draft_tokens": stats.num_draft_tokens,
+        "num_accepted_tokens": stats.num_accepted_tokens,
+        "acceptance_length": stats.acceptance_length,
+        "acceptance_per_position": stats.acceptance_per_position,
+        "conditional_acceptance_per_position": stats.conditional_acceptance_per_position,
+        "tokens_per_second": stats.tokens_per_second,
+        "prefill_ms": stats.prefill_ms,
+        "draft_ms": stats.draft_ms,
+        "verify_ms": stats.verify_ms,
+        "other_ms": stats.other_ms,
+    }
+
+
+def as_table(outcome: Outcome) -> Table:
+    """The statistics under the streamed text."""
+    stats = outcome.stats
+    rows = {
+        "tokens": f"{stats.num_tokens} ({outcome.finish_reason})",
+        "target passes": f"{stats.num_target_passes}, the prompt's included",
+        "acceptance length": f"{stats.acceptance_length:.2f} tokens per draft, bonus included",
+        "accepted at position": _percentages(stats.acceptance_per_position),
+        "  given the one before": _percentages(stats.conditional_acceptance_per_position),
+        "tokens per second": f"{stats.tokens_per_second:.1f}",
+        "ms prefill / draft / verify / other": (
+            f"{stats.prefill_ms:.0f} / {stats.draft_ms:.0f} / "
+            f"{stats.verify_ms:.0f} / {stats.other_ms:.0f}"
+        ),
+    }
+    if outcome.plain_stats is not None:
+        rows["without draft"] = (
+            f"{outcome.plain_stats.num_target_passes} target passes, "
+            f"{outcome.plain_stats.tokens_per_second:.1f} tokens per second"
+        )
+        rows["same ids as without draft"] = "yes" if outcome.identical else "NO"
+    return key_value_table(rows)
+
+
+def key_value_table(rows: dict[str, Any]) -> Table:
+    """Two columns without a frame."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def first_difference(outcome: Outcome) -> str:
+    """Where speculative and plain ids part."""
+    plain = outcome.plain_tokens or []
+    pairs = enumerate(zip(outcome.tokens, plain, strict=False))
+    where = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(outcome.tokens)))
+    return (
+        f"ids differ from plain decoding at token {where}: "
+        f"{outcome.tokens[where : where + 3]} instead of {plain[where : where + 3]}"
+    )
+
+
+def _percentages(shares: list[float]) -> str:
+    return " ".join(f"{100 * share:.0f}%" for share in shares) or "-"

@@ -1,0 +1,154 @@
+"""One run of `aerie generate`: what was asked for, the loaded pair, and what came out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from aerie import embedded
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.generate import Decoding, FinishReason, generate
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.eagle3.stats import Stats
+from aerie.kernels.backend import Backend
+from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.model import Llama4ForCausalLM
+from aerie.text import TextStream, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request; building it loads nothing."""
+
+    model: str | Path
+    draft: str | Path | None
+    prompt: str
+    max_new_tokens: int
+    speculation: SpeculativeConfig
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+    check: bool
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        model: str | None,
+        draft: str | None,
+        prompt: str,
+        max_new_tokens: int,
+        speculative_config: str | None,
+        no_draft: bool,
+        backend: Backend,
+        device: str,
+        dtype: str,
+        check: bool,
+    ) -> "Request":
+        """Resolves defaults. Raises ValueError naming what is wrong."""
+        if no_draft and (draft or speculative_config):
+            raise ValueError("--no-draft contradicts --draft and --speculative-config")
+        speculation = SpeculativeConfig.from_json(speculative_config or "{}")
+        if draft and speculation.model:
+            raise ValueError("--draft and the speculative config's 'model' name two drafts")
+        default_draft = embedded.DRAFT if model is None else None
+        chosen_draft = draft or speculation.model or default_draft
+        resolved_device = _device(device)
+        return cls(
+            model=model or embedded.TARGET,
+            draft=None if no_draft else chosen_draft,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            speculation=speculation,
+            backend=backend,
+            device=resolved_device,
+            dtype=_dtype(dtype, resolved_device),
+            check=check,
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The pair and the target's tokenizer."""
+
+    target: Llama4ForCausalLM
+    draft: Eagle3Llama4ForCausalLM | None
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`identical` is None unless the plain tokens were decoded for comparison."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+    plain_tokens: list[int] | None
+    plain_stats: Stats | None
+
+    @property
+    def identical(self) -> bool | None:
+        return None if self.plain_tokens is None else self.plain_tokens == self.tokens
+
+
+def load(request: Request) -> Loaded:
+    """Reads target, draft and tokenizer. Raises CheckpointError."""
+    folder = resolve_folder(request.model)
+    tokenizer = load_tokenizer(folder)
+    target = Llama4ForCausalLM.from_pretrained(
+        folder, request.dtype, request.device, request.backend
+    )
+    if request.draft is None:
+        return Loaded(target, None, tokenizer)
+    draft = Eagle3Llama4ForCausalLM.from_pretrained(request.draft, target)
+    return Loaded(target, draft, tokenizer)
+
+
+def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
+    """Decodes; `on_text` receives the text as its tokens are accepted."""
+    prompt_ids = loaded.tokenizer.encode(request.prompt).ids
+    decoding = Decoding(
+        loaded.target,
+        prompt_ids,
+        request.max_new_tokens,
+        loaded.draft,
+        request.speculation.num_speculative_tokens,
+    )
+    stream = TextStream(loaded.tokenizer)
+    for burst in decoding:
+        text = stream.add(burst)
+        if on_text is not None and text:
+            on_text(text)
+    assert decoding.finish_reason is not None
+    plain = generate(loaded.target, prompt_ids, request.max_new_tokens) if request.check else None
+    return Outcome(
+        text=stream.text,
+        tokens=decoding.tokens,
+        finish_reason=decoding.finish_reason,
+        stats=decoding.stats,
+        plain_tokens=plain and plain.tokens,
+        plain_stats=plain and plain.stats,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {name!r} is no device ({error})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: supported are cpu and cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name!r} asked, {torch.cuda.device_count()} GPUs are present")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
