@@ -26,7 +26,9 @@ LLAMA4 = ("Llama4ForCausalLM", "Eagle3Llama4ForCausalLM")
 UNSUPPORTED = ("yoco_global_kv_layer", "yoco_local_kv_layer", "moe_layers", "sliding_window")
 UNSUPPORTED_FLAGS = ("norm_before_fc", "fc_norm", "norm_output")
 TAP_COUNT_KEYS = ("num_aux_hidden_states", "num_aux_layers", "aux_state_multiplier")
-DEFAULT_ROPE_THETA = 10000.0  # what SpecForge's Llama 4 template, which has no key, was trained with
+DEFAULT_ROPE_THETA = (
+    10000.0  # what SpecForge's Llama 4 template, which has no key, was trained with
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def _layer_kind(values: Mapping[str, Any]) -> Literal["llama", "llama4"]:
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     for key in UNSUPPORTED:
         if values.get(key):
-            raise CheckpointError(f"config key {key!r}: not supported in a draft, got {values[key]}")
+            raise CheckpointError(
+                f"config key {key!r}: not supported in a draft, got {values[key]}"
+            )
     for key in UNSUPPORTED_FLAGS:
         if flag(values, key, False):
             raise CheckpointError(f"config key {key!r}: this draft variant is not supported")

@@ -138,9 +138,7 @@ def generate(
     return Generation(tokens, decoding.finish_reason, decoding.stats)
 
 
-def _drafter(
-    draft: Eagle3Llama4ForCausalLM | None, capacity: int, device: torch.device
-) -> Drafter:
+def _drafter(draft: Eagle3Llama4ForCausalLM | None, capacity: int, device: torch.device) -> Drafter:
     return NoDrafter(device) if draft is None else ChainDrafter(draft, capacity)
 
 

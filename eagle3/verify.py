@@ -45,7 +45,9 @@ class Verifier:
         output = self.target(ids_T, step, last_row)
         path = list(range(len(ids_T)))
         self.cache.commit(0, path)
-        return Verified(path, self._finite(self._argmax(output.logits_TV).tolist()), output.aux_hidden_states)
+        return Verified(
+            path, self._finite(self._argmax(output.logits_TV).tolist()), output.aux_hidden_states
+        )
 
     def verify(self, root_T: Tensor, draft: DraftTree) -> Verified:
         """Commits the root and the accepted nodes behind it."""

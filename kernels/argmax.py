@@ -2,8 +2,9 @@
 
     id = min { v : logits[v] = max(logits) },   -1 if the row holds a NaN
 
-Ties go to the lowest id, so the choice does not depend on how the row is cut into tiles. A NaN turns
-into -1 rather than into some token: the caller reads the ids anyway and can raise at no extra sync.
+Ties go to the lowest id, so the choice does not depend on how the row is cut into tiles. A NaN
+turns into -1 rather than into some token: the caller reads the ids anyway and can raise at no extra
+sync.
 
 Letters: T rows, V target vocabulary.
 """

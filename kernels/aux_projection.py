@@ -43,7 +43,6 @@ def _aux_projection_kernel(
     weight_ptr,  # [F, I * D]
     bias_ptr,  # [F], read if HAS_BIAS
     out_ptr,  # [T, F]
-    stride_xt,
     stride_wf,
     T,
     D,
@@ -58,7 +57,7 @@ def _aux_projection_kernel(
     f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     d = tl.arange(0, BLOCK_D)
     is_row, is_column = t < T, f < F
-    rows = t[:, None] * stride_xt
+    rows = t[:, None] * D
     weight_rows = weight_ptr + f[:, None] * stride_wf
     num_steps = tl.cdiv(D, BLOCK_D)
     total = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
@@ -122,7 +121,6 @@ def _aux_projection_op(taps: Sequence[Tensor], weight: Tensor, bias: Tensor | No
         weight,
         weight if bias is None else bias,
         out,
-        taps[0].stride(0),
         weight.stride(0),
         rows,
         width,
@@ -150,14 +148,9 @@ def aux_projection(taps: Sequence[Tensor], weight_FI: Tensor, bias: Tensor | Non
         raise ValueError(f"taps: must be 1 to {MAX_TAPS} tensors, got {len(taps)}")
     first = taps[0]
     for i, tap in enumerate(taps):
-        if tap.ndim != 2 or tap.stride() != first.stride() or tap.stride(-1) != 1:
+        if tap.ndim != 2 or tap.shape != first.shape or tap.dtype != weight_FI.dtype:
             raise ValueError(
-                f"taps[{i}]: must be [T, D] with a contiguous last dimension and the strides of "
-                f"taps[0], got shape {tuple(tap.shape)} strides {tap.stride()}"
-            )
-        if tap.shape != first.shape or tap.dtype != weight_FI.dtype:
-            raise ValueError(
-                f"taps[{i}]: must be {tuple(first.shape)} {weight_FI.dtype}, "
+                f"taps[{i}]: must be [T, D] {weight_FI.dtype} as taps[0] {tuple(first.shape)}, "
                 f"got {tuple(tap.shape)} {tap.dtype}"
             )
     columns = len(taps) * first.shape[1]
@@ -167,7 +160,7 @@ def aux_projection(taps: Sequence[Tensor], weight_FI: Tensor, bias: Tensor | Non
         raise ValueError(
             f"bias: must be a contiguous [{weight_FI.shape[0]}], got {tuple(bias.shape)}"
         )
-    return _aux_projection_op(list(taps), weight_FI, bias)
+    return _aux_projection_op([tap.contiguous() for tap in taps], weight_FI, bias)
 
 
 class AuxProjection(nn.Module):

@@ -6,8 +6,8 @@ After a tree step the accepted rows lie scattered among the rejected ones. Row n
 tree lies in logical slot prefix + row[p] and belongs in prefix + p. Row numbers rise along a path,
 so row[p] >= p and an earlier target, prefix + p' with p' < p, is never a later source: in ascending
 order the move is safe in place. A pair with a negative slot is padding and is skipped, and so is a
-pair whose slots are equal (all pairs of a chain). Slots are flat: page * C + offset. Paths of several
-sequences may follow each other in one call, for their slots are disjoint.
+pair whose slots are equal (all pairs of a chain). Slots are flat: page * C + offset. Paths of
+several sequences may follow each other in one call, for their slots are disjoint.
 
 Letters: P path nodes, L layers, R pages, C tokens per page, G kv heads, K head dimension.
 """

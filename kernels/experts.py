@@ -34,12 +34,20 @@ def experts_ref(
     ids = routing.ids_TA.flatten().tolist()
     scaled_TAD = x_TD[:, None] * routing.scores_TA[:, :, None]
     pairs = scaled_TAD.flatten(0, 1)
-    routed = torch.empty_like(pairs)
-    for e in sorted(set(ids)):
-        mine = slice(None) if ids.count(e) == len(ids) else [p for p, i in enumerate(ids) if i == e]
-        gate, up = (pairs[mine] @ gate_up_EDF2[e]).chunk(2, dim=-1)
-        routed[mine] = swiglu_ref(gate, up) @ down_EFD[e]
+    if len(set(ids)) == 1:
+        routed = _expert_ref(pairs, gate_up_EDF2[ids[0]], down_EFD[ids[0]])
+    else:
+        routed = torch.empty_like(pairs)
+        for e in sorted(set(ids)):
+            mine = torch.tensor([p for p, i in enumerate(ids) if i == e], device=x_TD.device)
+            y = _expert_ref(pairs.index_select(0, mine), gate_up_EDF2[e], down_EFD[e])
+            routed.index_copy_(0, mine, y)
     return shared_TD + routed.view(scaled_TAD.shape).sum(dim=1)
+
+
+def _expert_ref(x_TD: Tensor, gate_up_DF2: Tensor, down_FD: Tensor) -> Tensor:
+    gate_TF, up_TF = (x_TD @ gate_up_DF2).chunk(2, dim=-1)
+    return swiglu_ref(gate_TF, up_TF) @ down_FD
 
 
 @triton.jit

@@ -2,9 +2,9 @@
 
     cache[slot // C, slot % C] = row             for every row whose slot is not negative
 
-A flat slot is page * C + offset. Rows with a negative slot are padding and are dropped. The slots of
-one call are distinct, as two rows in one slot would race. No arithmetic: the values are copied bit
-by bit.
+A flat slot is page * C + offset. Rows with a negative slot are padding and are dropped. The slots
+of one call are distinct, as two rows in one slot would race. No arithmetic: the values are copied
+bit by bit.
 
 Letters: T rows, R pages, C tokens per page, G kv heads, K head dimension.
 """

@@ -70,7 +70,7 @@ def _router_kernel(
     lowest = -0x8000000000000000
     rank = tl.where(in_tile, _rank(logits, e[None, :], BLOCK_E), lowest)
     for a in range(A):
-        best = tl.max(rank, axis=1)
+        best = rank.max(axis=1)
         rank = tl.where(rank == best[:, None], lowest, rank)
         # of a two's complement number, also a negative one, the low bits are its remainder
         chosen = (BLOCK_E - 1 - (best & (BLOCK_E - 1))).to(tl.int32)

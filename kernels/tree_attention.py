@@ -2,9 +2,9 @@
 
     o_t = softmax_s(scale * q_t . k_s) V            over the keys s that row t may see
 
-Row t of sequence b sees the committed prefix and, of the new rows of b, its own ancestors and itself
-(or every earlier row, if the step is a chain); with a chunk size (Llama 4's local layers) only keys
-at positions >= floor(position_t / chunk) * chunk. That bound differs between the rows of one tree
+Row t of sequence b sees the committed prefix and, of the new rows of b, its ancestors and itself
+(or every row up to itself, if the step is a chain); with a chunk size (Llama 4's local layers) only
+keys at positions >= floor(position_t / chunk) * chunk. That bound differs between the rows of one tree
 that straddles a chunk edge, as positions follow the depth and not the slot (contract 6.3).
 
 Keys and values of new row j already lie in logical slot prefix_length + j. The query heads that
@@ -413,8 +413,8 @@ def _check_cache(q_THK: Tensor, k_cache_RCGK: Tensor, v_cache_RCGK: Tensor) -> N
     _, page_size, kv_heads, _ = k_cache_RCGK.shape
     if v_cache_RCGK.shape != k_cache_RCGK.shape or q_THK.shape[1] % kv_heads:
         raise ValueError(
-            f"v_cache_RCGK, q_THK: must match k_cache_RCGK {tuple(k_cache_RCGK.shape)} (H a multiple "
-            f"of G), got {tuple(v_cache_RCGK.shape)} and {q_THK.shape[1]} heads"
+            f"v_cache_RCGK, q_THK: must match k_cache_RCGK {tuple(k_cache_RCGK.shape)} (H a "
+            f"multiple of G), got {tuple(v_cache_RCGK.shape)} and {q_THK.shape[1]} heads"
         )
     if page_size & (page_size - 1):
         raise ValueError(f"k_cache_RCGK: page size must be a power of two, got {page_size}")

@@ -113,7 +113,9 @@ def _shards(folder: Path) -> list[Path]:
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX}: {name!r} is not a plain safetensors file name")
+            raise CheckpointError(
+                f"{folder / INDEX}: {name!r} is not a plain safetensors file name"
+            )
     return [folder / name for name in names]
 
 

@@ -31,9 +31,7 @@ def _version(package: str) -> str:
 
 
 def _devices() -> list[str]:
-    gpus = [
-        f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
-    ]
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)", *gpus]
 
 

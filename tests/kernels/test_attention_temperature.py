@@ -7,6 +7,7 @@ one head, bad arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.attention_temperature import (
     _attention_temperature_op,
     _launch_config,

@@ -6,6 +6,7 @@ slice of a wider tensor, an id outside the table (NaN, never a stray read), bad 
 
 import pytest
 import torch
+
 from aerie.kernels.embedding import (
     Embedding,
     _embedding_op,

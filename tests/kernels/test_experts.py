@@ -8,18 +8,20 @@ row, strided rows, bad arguments.
 import pytest
 import torch
 import torch.nn.functional as F
-from aerie.kernels.experts import _experts_op, _launch_config, experts, experts_ref
-from aerie.kernels.router import Routing, router_ref
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+from aerie.kernels.experts import _experts_op, _launch_config, experts, experts_ref
+from aerie.kernels.router import Routing, router_ref
 
 CASES = [(1, 1, 4, 40, 33), (5, 1, 4, 100, 70), (3, 2, 3, 63, 130), (4, 3, 3, 16, 16)]  # T A E D F
 # six roundings to the dtype on the way, in sums of another order
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def make_inputs(rows, choices, num_experts, depth, width, device, dtype=torch.float32):
+def make_inputs(case, device, dtype=torch.float32):
     """The five arguments of `experts`, scaled so that every intermediate is of order one."""
+    rows, choices, num_experts, depth, width = case
     x, shared = (torch.randn(rows, depth, device=device).to(dtype) for _ in range(2))
     gate_up = torch.randn(num_experts, depth, 2 * width, device=device) * depth**-0.5
     down = torch.randn(num_experts, width, depth, device=device) * width**-0.5
@@ -40,14 +42,14 @@ def dense_experts(x, routing, gate_up, down, shared):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_ref(case, device, dtypes, assert_close):
     for dtype in dtypes:
-        inputs = make_inputs(*case, device, dtype)
+        inputs = make_inputs(case, device, dtype)
         assert_close(experts(*inputs), experts_ref(*inputs), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
 def test_matches_the_formula(apply, case, device, assert_close):
-    inputs = make_inputs(*case, device)
+    inputs = make_inputs(case, device)
     assert_close(apply(*inputs), dense_experts(*inputs).float(), TOLERANCE[torch.float32])
 
 
@@ -70,7 +72,7 @@ def test_matches_hugging_face(apply, choices, assert_close, device):
 
 
 def test_score_is_on_the_input(device):
-    x, routing, gate_up, down, shared = make_inputs(3, 1, 2, 32, 32, device)
+    x, routing, gate_up, down, shared = make_inputs((3, 1, 2, 32, 32), device)
     halved = Routing(routing.ids_TA, torch.full_like(routing.scores_TA, 0.5))
     ones = Routing(routing.ids_TA, torch.ones_like(routing.scores_TA))
     nothing = torch.zeros_like(shared)
@@ -82,7 +84,7 @@ def test_score_is_on_the_input(device):
 
 @pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
 def test_unchosen_expert_is_not_read(apply, device):
-    x, routing, gate_up, down, shared = make_inputs(3, 1, 3, 24, 20, device)
+    x, routing, gate_up, down, shared = make_inputs((3, 1, 3, 24, 20), device)
     routing = Routing(torch.tensor([[0], [2], [0]], device=device).int(), routing.scores_TA)
     gate_up[1], down[1] = torch.nan, torch.nan
     assert apply(x, routing, gate_up, down, shared).isfinite().all()
@@ -90,14 +92,14 @@ def test_unchosen_expert_is_not_read(apply, device):
 
 @pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
 def test_one_expert_chosen_by_all(apply, device, assert_close):
-    x, routing, *rest = make_inputs(5, 2, 3, 24, 20, device)
+    x, routing, *rest = make_inputs((5, 2, 3, 24, 20), device)
     inputs = (x, Routing(torch.full_like(routing.ids_TA, 2), routing.scores_TA), *rest)
     assert_close(apply(*inputs), dense_experts(*inputs).float(), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
 def test_nan_stays_in_its_row(apply, device):
-    x, routing, *rest = make_inputs(4, 1, 2, 24, 20, device)
+    x, routing, *rest = make_inputs((4, 1, 2, 24, 20), device)
     routing = Routing(torch.tensor([[0], [0], [1], [0]], device=device).int(), routing.scores_TA)
     clean = apply(x, routing, *rest)
     x[1, 3] = torch.nan
@@ -108,25 +110,25 @@ def test_nan_stays_in_its_row(apply, device):
 
 @pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
 def test_no_rows(apply, device):
-    assert apply(*make_inputs(0, 1, 2, 16, 16, device)).shape == (0, 16)
+    assert apply(*make_inputs((0, 1, 2, 16, 16), device)).shape == (0, 16)
 
 
 def test_strided_rows(device):
-    x, routing, gate_up, down, shared = make_inputs(3, 1, 2, 24, 20, device)
+    x, routing, gate_up, down, shared = make_inputs((3, 1, 2, 24, 20), device)
     wide = torch.cat((x, shared), dim=1)
     views = (wide[:, :24], routing, gate_up, down, wide[:, 24:])
     assert torch.equal(experts(*views), experts(x, routing, gate_up, down, shared))
 
 
 def test_opcheck(device):
-    x, routing, gate_up, down, shared = make_inputs(2, 2, 3, 24, 20, device)
+    x, routing, gate_up, down, shared = make_inputs((2, 2, 3, 24, 20), device)
     for rows in (x, torch.cat((x, x), dim=1)[:, :24]):
         arguments = (rows, routing.ids_TA, routing.scores_TA, gate_up, down, shared)
         torch.library.opcheck(_experts_op, arguments)
 
 
 def test_rejects_bad_arguments(device):
-    x, routing, gate_up, down, shared = make_inputs(2, 1, 3, 16, 12, device)
+    x, routing, gate_up, down, shared = make_inputs((2, 1, 3, 16, 12), device)
     with pytest.raises(ValueError, match=r"x_TD: must be \[T, D\]"):
         experts(x[0], routing, gate_up, down, shared)
     with pytest.raises(ValueError, match=r"down_EFD: must be \[E, F, D\]"):
@@ -137,12 +139,12 @@ def test_rejects_bad_arguments(device):
         experts(x, routing, gate_up.transpose(1, 2), down, shared)
     with pytest.raises(ValueError, match="down_EFD: must be .* contiguous"):
         experts(x, routing, gate_up, down.transpose(1, 2).contiguous().transpose(1, 2), shared)
+    long_ids = Routing(routing.ids_TA.long(), routing.scores_TA)
     with pytest.raises(ValueError, match="routing.ids_TA: must be torch.int32"):
-        wrong = Routing(routing.ids_TA.long(), routing.scores_TA)
-        experts(x, wrong, gate_up, down, shared)
+        experts(x, long_ids, gate_up, down, shared)
+    half_scores = Routing(routing.ids_TA, routing.scores_TA.half())
     with pytest.raises(ValueError, match="routing.scores_TA: must be torch.float32"):
-        wrong = Routing(routing.ids_TA, routing.scores_TA.half())
-        experts(x, wrong, gate_up, down, shared)
+        experts(x, half_scores, gate_up, down, shared)
 
 
 def test_launch_config():
@@ -150,4 +152,5 @@ def test_launch_config():
     assert config == _launch_config()
     for block in (config.BLOCK_COLUMNS, config.BLOCK_DEPTH):
         assert block & (block - 1) == 0
-    assert 2 * config.BLOCK_COLUMNS * config.BLOCK_DEPTH <= 64 * 32 * config.num_warps  # registers
+    sums_per_thread = 2 * config.BLOCK_COLUMNS * config.BLOCK_DEPTH / (32 * config.num_warps)
+    assert sums_per_thread <= 64  # of 255 registers

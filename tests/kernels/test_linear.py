@@ -6,6 +6,7 @@ rows, with and without bias, strided rows and weights, NaN in one row, bad argum
 
 import pytest
 import torch
+
 from aerie.kernels.linear import Linear, _launch_config, _linear_op, linear, linear_ref
 
 CASES = [(1, 1, 1), (3, 100, 63), (5, 63, 100), (70, 40, 65), (0, 16, 16)]  # rows, depth, width

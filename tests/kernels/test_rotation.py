@@ -6,6 +6,10 @@ Regimes: no scaling, a blended band, an empty band (low == high, where Hugging F
 
 import pytest
 import torch
+from transformers import Llama4TextConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
+
 from aerie.kernels.rotation import (
     Llama3Scaling,
     _launch_config,
@@ -14,9 +18,6 @@ from aerie.kernels.rotation import (
     rotation,
     rotation_ref,
 )
-from transformers import Llama4TextConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
 
 # sine and cosine of the same float32 angle by two libraries
 TOLERANCE = 1e-6

@@ -7,6 +7,7 @@ in one row, strided rows, bad arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.router import MAX_EXPERTS, _launch_config, _router_op, router, router_ref
 
 CASES = [(1, 1, 1), (3, 16, 1), (40, 16, 2), (5, 7, 7), (2, 128, 1), (2, 256, 3), (0, 16, 1)]

@@ -6,6 +6,7 @@ saturated gates (exp overflows on one side), NaN in one row, bad arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.swiglu import _launch_config, _swiglu_op, swiglu, swiglu_ref
 
 SHAPES = [(1, 1), (3, 63), (2, 1500), (5, 128), (0, 64)]

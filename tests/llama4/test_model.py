@@ -75,9 +75,9 @@ def test_decode_and_verify_steps_match_transformers(case, make_pair, assert_clos
 def test_greedy_ids_match_transformers_generate(case, make_pair):
     pair = make_pair(3, **CASES[case])
     ids = torch.randint(3, 96, (14,))
-    theirs = pair.theirs.generate(
-        ids[None], max_new_tokens=40, do_sample=False, eos_token_id=None
-    )[0, 14:]
+    theirs = pair.theirs.generate(ids[None], max_new_tokens=40, do_sample=False, eos_token_id=None)[
+        0, 14:
+    ]
     cache = pair.ours.allocate_cache(60)
     ours, step_ids = [], ids
     for _ in range(40):

@@ -1,0 +1,40 @@
+# `make demo` and `make test` work in a fresh clone with nothing installed but Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench assets wheel clean
+
+demo: .venv/runtime
+	$(BIN)/aerie generate --prompt "The with statement" --check
+
+test: .venv/test check
+	$(BIN)/pytest -q
+
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/test
+	$(BIN)/pytest bench -q --benchmark-json=bench/results/last.local.json
+	$(BIN)/python -m bench.report bench/results/last.local.json
+
+assets: .venv/test
+	$(BIN)/python -m aerie.assets.build --out src/aerie/assets
+
+wheel: .venv/test
+	$(BIN)/pip wheel -q --no-deps -w dist .
+
+clean:
+	rm -rf .venv build dist
+
+# constraints.txt holds the tested versions; torch is named so that no CUDA build is fetched
+.venv/runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/runtime
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@

@@ -1,0 +1,88 @@
+"""Tokens per second of the embedded pair: plain, speculative, and transformers' own `generate`.
+
+All three decode the same checkpoint from the same prompt in the same run, batch 1, greedy. On a CPU
+with a model this small the draft's share of a round is large; a served Llama 4 is another case.
+"""
+
+import json
+
+import pytest
+import torch
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.generate import generate
+from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET
+from aerie.llama4.model import Llama4ForCausalLM
+from aerie.text import load_tokenizer
+
+NEW_TOKENS = 128
+PROVIDERS = ("transformers", "plain", "speculative")
+
+
+@pytest.fixture(scope="session")
+def prompt_ids() -> list[int]:
+    return load_tokenizer(TARGET).encode(json.loads(HELDOUT_PROMPTS.read_text())[0]).ids
+
+
+@pytest.fixture(scope="session")
+def target(device) -> Llama4ForCausalLM:
+    return Llama4ForCausalLM.from_pretrained(TARGET, torch.float32, device)
+
+
+@pytest.fixture(scope="session")
+def draft(target) -> Eagle3Llama4ForCausalLM:
+    return Eagle3Llama4ForCausalLM.from_pretrained(DRAFT, target)
+
+
+@pytest.fixture(scope="session")
+def theirs(device):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).to(device).eval()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def bench_generate(provider, request, benchmark, environment, prompt_ids):
+    decode = DECODERS[provider](request, prompt_ids)
+    tokens, acceptance_length = benchmark.pedantic(decode, rounds=7, warmup_rounds=1)
+    assert tokens == NEW_TOKENS
+    benchmark.extra_info |= environment | {
+        "tokens": tokens,
+        "acceptance_length": acceptance_length,
+        "tokens_per_second": tokens / benchmark.stats.stats.median,
+    }
+
+
+def _transformers(request, prompt_ids):
+    model = request.getfixturevalue("theirs")
+    ids = torch.tensor([prompt_ids], device=model.device)
+
+    def decode():
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+            )
+        return out.shape[1] - ids.shape[1], 1.0
+
+    return decode
+
+
+def _ours(request, prompt_ids, with_draft: bool):
+    target = request.getfixturevalue("target")
+    draft = request.getfixturevalue("draft") if with_draft else None
+
+    def decode():
+        result = generate(target, prompt_ids, NEW_TOKENS, draft, eos_token_ids=())
+        return len(result.tokens), result.stats.acceptance_length
+
+    return decode
+
+
+DECODERS = {
+    "transformers": _transformers,
+    "plain": lambda request, ids: _ours(request, ids, with_draft=False),
+    "speculative": lambda request, ids: _ours(request, ids, with_draft=True),
+}

@@ -1,0 +1,77 @@
+"""Argmax against its reference, exactly.
+
+Regimes: one column, widths off a power of two, wider than a tile, Llama 4's vocabulary; ties within
+a tile and across tiles, rows of equal values, -inf and +inf, NaN in one row, a row stride, no rows,
+bad arguments.
+"""
+
+import pytest
+import torch
+from aerie.kernels.argmax import _argmax_op, _launch_config, argmax, argmax_ref
+
+SHAPES = [(1, 1), (3, 63), (5, 1000), (2, 4096), (2, 9001), (0, 64)]
+LLAMA_4_VOCABULARY = 202048
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_ref(shape, device, dtypes):
+    for dtype in dtypes:
+        logits = torch.randn(shape, device=device).to(dtype)
+        assert torch.equal(argmax(logits), argmax_ref(logits))
+
+
+@pytest.mark.parametrize("ids", [[7, 300], [0, 9000], [4095, 4096], [5, 4101, 8197]], ids=str)
+def test_ties_go_to_the_lowest_id(ids, device):
+    logits = torch.randn(2, 9001, device=device)
+    logits[1, ids] = 50.0
+    for op in (argmax, argmax_ref):
+        assert op(logits)[1] == ids[0]
+
+
+def test_equal_and_infinite_rows(device):
+    logits = torch.zeros(4, 5000, device=device)
+    logits[1] = -torch.inf
+    logits[2, 4500:] = torch.inf
+    logits[3, :4999] = -torch.inf
+    for op in (argmax, argmax_ref):
+        assert op(logits).tolist() == [0, 0, 4500, 4999]
+
+
+@pytest.mark.parametrize("column", [0, 4096, 4999])
+def test_nan_marks_only_its_row(column, device):
+    logits = torch.randn(3, 5000, device=device)
+    clean = argmax(logits)
+    logits[1, column] = torch.nan
+    logits[1, 17] = torch.inf
+    for op in (argmax, argmax_ref):
+        assert op(logits).tolist() == [clean[0], -1, clean[2]]
+
+
+def test_llama_4_vocabulary(device):
+    logits = torch.randn(1, LLAMA_4_VOCABULARY, device=device).half()
+    logits[0, -1] = 100.0
+    assert argmax(logits).tolist() == [LLAMA_4_VOCABULARY - 1]
+
+
+def test_strided_rows(device):
+    logits = torch.randn(3, 300, device=device)[:, 50:250]
+    assert torch.equal(argmax(logits), argmax_ref(logits))
+
+
+def test_opcheck(device):
+    torch.library.opcheck(_argmax_op, (torch.randn(3, 48, device=device),))
+    torch.library.opcheck(_argmax_op, (torch.randn(3, 96, device=device)[:, 8:50],))
+
+
+def test_rejects_bad_arguments(device):
+    logits = torch.randn(4, 16, device=device)
+    for bad in (logits[0], logits.t(), logits[:, :0]):
+        with pytest.raises(ValueError, match=r"logits_TV: must be \[T, V\] with V > 0"):
+            argmax(bad)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 4096, LLAMA_4_VOCABULARY])
+def test_launch_config(vocabulary):
+    config = _launch_config(vocabulary)
+    assert min(vocabulary, 4096) <= config.BLOCK_V <= 4096
+    assert 1 <= config.num_warps <= 16
