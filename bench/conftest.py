@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+
 from bench.timer import Work, device_microseconds
 
 BENCH = Path(__file__).parent
@@ -55,7 +56,7 @@ def _cpu_name() -> str:
 
 @pytest.fixture
 def measure(benchmark, device: torch.device, environment: dict[str, str]):
-    """`measure(provider, work, op, *args)` times `op(*args)` and attaches bytes, flops and versions."""
+    """`measure(provider, work, op, *args)` times `op(*args)` and books its work and versions."""
 
     def run(provider: str, work: Work, op: Callable, *args) -> None:
         if provider == "triton" and device.type != "cuda":

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import generate
 from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET

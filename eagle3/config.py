@@ -1,8 +1,8 @@
 """The draft's configuration, read once from a raw (SafeAI / SpecForge) `config.json`.
 
-Two layer kinds share one wiring. `llama`, which every public Llama 4 draft holds: rotate-half RoPE,
-full causal attention. `llama4`, the layer of vLLM's "Eagle3 for Llama 4": interleaved RoPE, optional
-QK norm and NoPE. Neither chunks its attention, whatever the target does.
+Two layer kinds share one wiring. `llama`, which every public Llama 4 draft holds: rotate-half RoPE
+and full causal attention. `llama4`, the layer of vLLM's "Eagle3 for Llama 4": interleaved RoPE with
+optional QK norm, or NoPE. Neither chunks its attention, whatever the target does.
 
 Tap ids follow the input convention (id i = input of target layer i), see `SupportsEagle3`.
 """
@@ -101,8 +101,8 @@ def _layer_kind(values: Mapping[str, Any]) -> Literal["llama", "llama4"]:
     if set(architectures) & set(LLAMA):
         return "llama"
     raise CheckpointError(
-        f"config key 'architectures': {list(architectures)} is no known Eagle3 draft; supported are "
-        f"{', '.join(LLAMA + LLAMA4)}"
+        f"config key 'architectures': {list(architectures)} is no known Eagle3 draft; "
+        f"supported are {', '.join(LLAMA + LLAMA4)}"
     )
 
 

@@ -1,13 +1,13 @@
-"""The Eagle3 draft: one decoder layer that predicts the target's next tokens from its hidden states.
+"""The Eagle3 draft: one decoder layer that predicts the target's next tokens from its states.
 
     h = fc(concat(taps))                                   once per committed row
     a = concat(input_layernorm(embed(next token)), hidden_norm(h))
     r = h + attention(a);  pre = r + mlp(post_attention_layernorm(r))
     draft logits = lm_head(norm(pre));  the next level's h is `pre`
 
-EAGLE-3 (arXiv 2503.01840), section 3.1, in the layout of its published checkpoints: the head sees the
-normalised vector, the next level the un-normalised one. Row i holds h of position i and the token of
-position i + 1, stands at position and slot i, and predicts position i + 2.
+EAGLE-3 (arXiv 2503.01840), section 3.1, in the layout of its published checkpoints: the head sees
+the normalised vector, the next level the un-normalised one. Row i holds h of position i and the
+token of position i + 1, stands at position and slot i, and predicts position i + 2.
 """
 
 from collections.abc import Sequence

@@ -67,7 +67,7 @@ class Stats:
 
     @property
     def conditional_acceptance_per_position(self) -> list[float]:
-        """Share of the drafts accepted up to position i - 1 in which position i was accepted too."""
+        """Share of the drafts accepted up to position i - 1 that were accepted at i too."""
         before = [self.num_drafts, *self.accepted_at]
         return [a / n if n else 0.0 for a, n in zip(self.accepted_at, before, strict=False)]
 

@@ -47,7 +47,7 @@ def _attention_temperature_kernel(
     in_heads = head < T.to(tl.int64) * H
     in_tile = in_heads[:, None] & (k < K)[None, :]
     position = tl.load(positions_ptr + t, mask=in_heads, other=0).to(tl.float32)
-    # a rounded-down quotient would fall short of the step at its very first position
+    # `/` is approximate on a GPU, and could fall short of a step at its very first position
     step = tl.floor(tl.div_rn(position + 1.0, floor_scale + tl.zeros_like(position)))
     scale = tl.log(1.0 + step) * attn_scale + 1.0  # step is a whole number: log1p gains nothing
     q = tl.load(q_ptr + (t * stride_qt + h * stride_qh)[:, None] + k[None, :], mask=in_tile)

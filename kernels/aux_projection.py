@@ -53,17 +53,15 @@ def _aux_projection_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    d = tl.arange(0, BLOCK_D)
-    is_row, is_column = t < T, f < F
-    rows = t[:, None] * D
-    weight_rows = weight_ptr + f[:, None] * stride_wf
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    in_features, is_row = f < F, t < T
+    weight_row_ptr, row = weight_ptr + f.to(tl.int64) * stride_wf, t.to(tl.int64) * D
     num_steps = tl.cdiv(D, BLOCK_D)
-    total = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    total = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
     for step in range(0, NUM_TAPS * num_steps):
         tap = step // num_steps
-        column = (step % num_steps * BLOCK_D + d)[None, :]
+        d = step % num_steps * BLOCK_D + tl.arange(0, BLOCK_D)
         tap_ptr = tap0_ptr
         if tap == 1:
             tap_ptr = tap1_ptr
@@ -79,13 +77,13 @@ def _aux_projection_kernel(
             tap_ptr = tap6_ptr
         elif tap == 7:
             tap_ptr = tap7_ptr
-        in_tap = column < D
-        x = tl.load(tap_ptr + rows + column, mask=is_row[:, None] & in_tap, other=0.0)
-        w = tl.load(weight_rows + tap * D + column, mask=is_column[:, None] & in_tap, other=0.0)
-        total = tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), total, input_precision="ieee")
+        weight_mask, x_mask = in_features & (d < D)[None, :], is_row & (d < D)[:, None]
+        weight = tl.load(weight_row_ptr + tap * D + d[None, :], mask=weight_mask, other=0.0)
+        x = tl.load(tap_ptr + row + d[:, None], mask=x_mask, other=0.0)
+        total = tl.dot(weight, x, total, input_precision="ieee")
     if HAS_BIAS:
-        total += tl.load(bias_ptr + f, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + t[:, None] * F + f[None, :], total, mask=is_row[:, None] & is_column)
+        total += tl.load(bias_ptr + f, mask=in_features, other=0.0).to(tl.float32)
+    tl.store(out_ptr + t.to(tl.int64) * F + f, total, mask=in_features & is_row)
 
 
 @dataclass(frozen=True)

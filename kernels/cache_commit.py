@@ -54,7 +54,8 @@ def _cache_commit_kernel(
     for p in range(0, P):
         source = tl.load(source_slots_ptr + p)
         target = tl.load(target_slots_ptr + p)
-        moved = (source >= 0) & (target >= 0) & (source != target) & (w < WIDTH)
+        is_move = (source >= 0) & (target >= 0) & (source != target)
+        moved = w < tl.where(is_move, WIDTH, 0)
         key = tl.load(k_columns + source * WIDTH, mask=moved)
         value = tl.load(v_columns + source * WIDTH, mask=moved)
         # a source may be a later target: every thread must have read it before one writes there

@@ -7,8 +7,8 @@
 Ties go to the lowest draft id. `d2t` holds OFFSETS (EAGLE-3 checkpoints), not ids; without it the
 draft vocabulary is the target's. The kernel streams over tiles of the vocabulary and keeps of each
 only its maximum, its sum of exponentials and its own k best; a second, small kernel merges the
-tiles. Neither [T, U] logits nor a [T, V] row of target logits exists at any time. Products and sums
-are float32. A row with a NaN yields NaN log-probabilities beside ids that are merely legal.
+tiles. Neither [T, U] logits nor a [T, V] row of target logits exists at any time. The head
+tile is the left operand of the product, as in `linear`; sums are float32. A row with a NaN yields NaN log-probabilities beside ids that are merely legal.
 
 Letters: T rows, D hidden, U draft vocabulary, A the k kept.
 """
@@ -53,11 +53,11 @@ def draft_vocab_ref(
 
 
 @triton.jit
-def _next_best(values, ids, last, last_id, axis: tl.constexpr):
+def _next_best(values, ids, last, last_id):
     """Largest value and its lowest id after (last, last_id) in falling order; NaN never comes."""
     is_after = (values < last) | ((values == last) & (ids > last_id))
-    best = tl.max(tl.where(is_after, values, -float("inf")), axis=axis, keep_dims=True)
-    best_id = tl.min(tl.where(is_after & (values == best), ids, NO_ID), axis=axis, keep_dims=True)
+    best = tl.max(tl.where(is_after, values, -float("inf")), axis=0, keep_dims=True)
+    best_id = tl.min(tl.where(is_after & (values == best), ids, NO_ID), axis=0, keep_dims=True)
     return best, best_id
 
 
@@ -78,32 +78,32 @@ def _draft_vocab_kernel(
     BLOCK_U: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    is_row, in_head = t < T, u < U
-    logits = tl.zeros([BLOCK_T, BLOCK_U], tl.float32)
+    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    in_head, is_row = u < U, t < T
+    head_row_ptr, hidden_row_ptr = head_ptr + u.to(tl.int64) * stride_wu, hidden_ptr + t * stride_ht
+    logits = tl.zeros([BLOCK_U, BLOCK_T], tl.float32)
     for start in range(0, D, BLOCK_D):
-        in_width = start + d < D
-        x_offset, w_offset = t * stride_ht + start + d, u.to(tl.int64) * stride_wu + start + d
-        x = tl.load(hidden_ptr + x_offset, mask=is_row & in_width, other=0.0).to(tl.float32)
-        w = tl.load(head_ptr + w_offset, mask=in_head & in_width, other=0.0).to(tl.float32)
-        logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
-    in_head, ids = tl.trans(in_head), tl.trans(u)
+        d = start + tl.arange(0, BLOCK_D)
+        head_mask, hidden_mask = in_head & (d < D)[None, :], is_row & (d < D)[:, None]
+        head = tl.load(head_row_ptr + d[None, :], mask=head_mask, other=0.0)
+        hidden = tl.load(hidden_row_ptr + d[:, None], mask=hidden_mask, other=0.0)
+        logits = tl.dot(head, hidden, logits, input_precision="ieee")
     logits = logits.to(hidden_ptr.dtype.element_ty).to(tl.float32)
     logits = tl.where(in_head, logits, -float("inf"))
 
     tile = t * tl.num_programs(0) + tl.program_id(0)
-    maximum = tl.max(logits, axis=1, keep_dims=True)
+    maximum = tl.max(logits, axis=0, keep_dims=True)
     # a tile of nothing but -inf: -inf - -inf would be NaN
     shift = tl.where(maximum == -float("inf"), 0.0, maximum)
     tl.store(sums_ptr + tile * 2, maximum, mask=is_row)
-    total = tl.sum(tl.exp(logits - shift), axis=1, keep_dims=True)
+    total = tl.sum(tl.exp(logits - shift), axis=0, keep_dims=True)
     tl.store(sums_ptr + tile * 2 + 1, total, mask=is_row)
-    ids = tl.where(in_head, ids, NO_ID)
-    best, best_id = float("inf"), -1
-    for a in tl.static_range(A):
-        best, best_id = _next_best(logits, ids, best, best_id, axis=1)
+    ids = tl.where(in_head, u, NO_ID)
+    best = tl.full([1, BLOCK_T], float("inf"), tl.float32)
+    best_id = tl.full([1, BLOCK_T], -1, tl.int32)
+    for a in range(0, A):
+        best, best_id = _next_best(logits, ids, best, best_id)
         tl.store(best_ptr + tile * A + a, best, mask=is_row)
         tl.store(best_id_ptr + tile * A + a, best_id, mask=is_row)
 
@@ -156,7 +156,7 @@ def _merge_kernel(
             is_better = is_after & ((value > lane_best) | ((value == lane_best) & (u < lane_id)))
             lane_best = tl.where(is_better, value, lane_best)
             lane_id = tl.where(is_better, u, lane_id)
-        last, last_id = _next_best(lane_best, lane_id, last, last_id, axis=0)
+        last, last_id = _next_best(lane_best, lane_id, last, last_id)
         one = tl.arange(0, 1)
         draft_id = tl.minimum(last_id, U - 1).to(tl.int64)  # a NaN row runs out of candidates
         offset = tl.load(d2t_ptr + draft_id) if HAS_MAP else 0

@@ -195,6 +195,8 @@ def rope(
     if k_TGK.dtype != q_THK.dtype:
         raise ValueError(f"k_TGK: must be {q_THK.dtype} like q_THK, got {k_TGK.dtype}")
     cos_TJ, sin_TJ = rotation.cos_TJ, rotation.sin_TJ
+    if not (cos_TJ.is_contiguous() and sin_TJ.is_contiguous()):
+        raise ValueError(f"rotation: must be contiguous, got strides {cos_TJ.stride()}")
     return RotatedHeads(
         *_rope_op(q_THK, k_TGK, cos_TJ, sin_TJ, layout == "interleaved", qk_norm_eps)
     )

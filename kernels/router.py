@@ -30,12 +30,13 @@ class Routing:
 
 
 def router_ref(logits_TE: Tensor, experts_per_token: int) -> Routing:
-    """The formula above in PyTorch: `max` takes the first maximum, and the sort is stable."""
-    if experts_per_token == 1:
-        top_TA, ids_TA = logits_TE.max(dim=1, keepdim=True)
+    """The formula above in PyTorch: `argmax` takes the first maximum, and the sort is stable."""
+    if experts_per_token == 1:  # not `max`, which wakes the thread pool for two rows already
+        ids_TA = logits_TE.argmax(dim=1, keepdim=True)
     else:
-        sorted_TE, order_TE = torch.sort(logits_TE, dim=1, descending=True, stable=True)
-        top_TA, ids_TA = sorted_TE[:, :experts_per_token], order_TE[:, :experts_per_token]
+        order_TE = torch.sort(logits_TE, dim=1, descending=True, stable=True).indices
+        ids_TA = order_TE[:, :experts_per_token]
+    top_TA = logits_TE.gather(1, ids_TA)
     return Routing(ids_TA.int(), torch.sigmoid(top_TA.float()).to(logits_TE.dtype))
 
 

@@ -157,8 +157,8 @@ def _attend(
     offset = ((page * PAGE_SIZE + slot % PAGE_SIZE) * stride_slot)[:, None] + k[None, :]
     # unread values must be zero, as their weight is: 0 * NaN is NaN
     loaded = read[:, None] & (k < K)[None, :]
-    key = tl.load(k_ptr + offset, mask=loaded, other=0.0).to(tl.float32)
-    value = tl.load(v_ptr + offset, mask=loaded, other=0.0).to(tl.float32)
+    key = tl.load(k_ptr + offset, mask=loaded, other=0.0)
+    value = tl.load(v_ptr + offset, mask=loaded, other=0.0)
     scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
     scores = tl.where(visible, scores, -float("inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -168,7 +168,7 @@ def _attend(
     decay = tl.exp(maximum - shift)
     total = total * decay + tl.sum(weights, axis=1)
     accumulator = accumulator * decay[:, None]
-    accumulator += tl.dot(weights, value, input_precision="ieee")
+    accumulator += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
     return accumulator, new_maximum, total
 
 
@@ -209,7 +209,7 @@ def _tree_attention_kernel(
     is_row = t < num_rows
     in_out = is_row[:, None] & (k < K)[None, :]
     q_offset = (row_start + t) * stride_qt + h * stride_qh
-    q = tl.load(q_ptr + q_offset[:, None] + k[None, :], mask=in_out, other=0.0).to(tl.float32)
+    q = tl.load(q_ptr + q_offset[:, None] + k[None, :], mask=in_out, other=0.0)
 
     position = tl.load(positions_ptr + row_start + t, mask=is_row, other=0)
     lowest = tl.zeros([BLOCK_M], tl.int64)

@@ -42,7 +42,7 @@ class AttentionSpec:
 
 
 def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Query heads must be a multiple of key/value heads, and a head an even number of dimensions."""
+    """Query heads must be a multiple of key/value heads, and a head have an even dimension."""
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"config key 'num_attention_heads': {num_heads} is not a multiple of "

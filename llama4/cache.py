@@ -22,7 +22,7 @@ from aerie.kernels.tree_attention import TreeRows
 
 @dataclass(frozen=True)
 class Tree:
-    """The new rows of one sequence: row 0 is the root, `parents[i] < i`, the root's parent is -1."""
+    """New rows of one sequence: row 0 is the root, whose parent is -1; `parents[i] < i`."""
 
     parents: tuple[int, ...]
 
@@ -34,7 +34,7 @@ class Tree:
         return depths
 
     def ancestor_words(self) -> list[int]:
-        """Per row one signed 64-bit word: bit j is set if row j is the row itself or an ancestor."""
+        """One signed 64-bit word per row: bit j is set if row j is the row or an ancestor."""
         words: list[int] = []
         for row, parent in enumerate(self.parents):
             words.append((1 << row) | (words[parent] if parent >= 0 else 0))
@@ -83,13 +83,13 @@ class PagedKVCache:
         self._cache_commit = pick(backend, cache_commit, cache_commit_ref)
 
     def causal_step(self, *counts: int) -> Step:
-        """A step of `counts[b]` consecutive rows for each sequence b: a prompt, one token, a chain."""
+        """A step of `counts[b]` consecutive rows of each sequence b: a prompt, a token, a chain."""
         lengths, counts = self._reserve(counts), tuple(counts)
         positions = [torch.arange(n, n + new) for n, new in zip(lengths, counts, strict=True)]
         return self._step(counts, positions, positions, None)
 
     def tree_step(self, *trees: Tree) -> Step:
-        """A step of one tree per sequence, at most 64 rows each; a row's position is its depth's."""
+        """A step of one tree per sequence, at most 64 rows each; positions go by depth."""
         counts = tuple(len(tree.parents) for tree in trees)
         if max(counts) > 64:
             raise ValueError(f"trees: at most 64 rows per sequence, got {max(counts)}")

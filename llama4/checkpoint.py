@@ -1,7 +1,7 @@
 """Strict reading of a safetensors folder into a module: every tensor accounted for, both ways.
 
-A draft that loads wrongly stays lossless and merely accepts nothing, and a target that loads wrongly
-is fluent nonsense, so nothing is skipped, guessed or filled in: all that is wrong is listed at once.
+A draft that loads wrongly stays lossless and merely accepts nothing; a target that loads wrongly is
+fluent nonsense. So nothing is skipped, guessed or filled in, and all that is wrong is listed.
 """
 
 import re
@@ -41,7 +41,7 @@ class Renaming:
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """A local checkpoint folder; a string like `owner/name` that is none is fetched from the hub."""
+    """A local checkpoint folder; a string `owner/name` that is none is fetched from the hub."""
     folder = Path(path)
     if folder.is_dir():
         return folder

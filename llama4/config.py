@@ -1,7 +1,7 @@
 """The Llama 4 text model's configuration, read once from a Hugging Face `config.json`.
 
-Every upstream quirk is absorbed here: text-only and multimodal files, `rope_parameters` (transformers
-5) and `rope_theta`/`rope_scaling` (older), lists that may be absent or empty and are then derived.
+Every upstream quirk is absorbed here: text-only and multimodal files, `rope_parameters` (of
+transformers 5) and `rope_theta`/`rope_scaling` (older), lists that may be absent or empty.
 In `no_rope_layers` a 1 means RoPE and a 0 means none (NoPE); NoPE layers attend globally.
 """
 
@@ -60,7 +60,7 @@ class Llama4Config:
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Llama4Config":
-        """Reads `config.json` (and the end tokens of `generation_config.json` where it has some)."""
+        """Reads `config.json`, and the end tokens of `generation_config.json` if it has some."""
         values = read_json(folder / "config.json")
         config = cls.from_hf(values)
         generation = folder / "generation_config.json"

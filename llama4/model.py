@@ -1,7 +1,7 @@
 """The Llama 4 text model over `aerie.kernels`; parameter names are those of HF checkpoints.
 
 The residual stream is kept as (delta, residual) so that every residual add fuses with the norm
-behind it. `residual` after a layer's first norm is the un-normed input of that layer: EAGLE-3's tap.
+behind it. `residual` after a layer's first norm is that layer's un-normed input: EAGLE-3's tap.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Speculative greedy ids equal plain greedy ids, exactly, in float32.
 
-Regimes: hundreds of random (model, draft, prompt, k); drafts that are always right (acceptance length
-exactly k + 1), always wrong (exactly 1) and right now and then (every partial acceptance, so that
-rejected rows are left behind in the cache); ends inside an accepted run; prompts around chunk edges.
+Regimes: hundreds of random (model, draft, prompt, k); drafts that are always right (acceptance
+length exactly k + 1), always wrong (exactly 1) and right now and then (partial acceptance, which
+leaves rejected rows behind in the cache); ends inside an accepted run; prompts around chunk edges.
 """
 
 import random
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Decoding, Generation, generate

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aerie.kernels.rms_norm import add_rms_norm, add_rms_norm_ref
 from bench.timer import Work
 

@@ -1,23 +1,21 @@
-"""Random tiny drafts in the raw layout, and an independent plain-PyTorch draft to compare with.
-
-The restatement follows contract.md sections 3 and 6.1 and shares no code with `aerie.eagle3` or
-`aerie.kernels`. It has no cache: it keeps the list of rows and recomputes all of them every time.
-"""
+"""Random tiny drafts in the raw layout, and random tiny targets for them."""
 
 import json
-import math
-from dataclasses import dataclass, field
+import runpy
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.llama4.config import Llama4Config
-from aerie.llama4.model import Llama4ForCausalLM
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
+
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.kernels.backend import Backend
+from aerie.llama4.config import Llama4Config
+from aerie.llama4.model import Llama4ForCausalLM
 
 TARGET: dict[str, Any] = {
     "vocab_size": 96,
@@ -27,7 +25,7 @@ TARGET: dict[str, Any] = {
     "num_hidden_layers": 8,
     "num_attention_heads": 5,
     "num_key_value_heads": 1,
-    "head_dim": 8,
+    "head_dim": 16,
     "num_local_experts": 2,
     "num_experts_per_tok": 1,
     "moe_layers": [],
@@ -48,7 +46,7 @@ LLAMA: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 10,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 16,
 }
@@ -65,119 +63,125 @@ LLAMA4: dict[str, Any] = {
 KINDS = {"llama": LLAMA, "llama4": LLAMA4}
 
 
-def rms_norm(x: Tensor, eps: float, weight: Tensor | float = 1.0) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+@dataclass
+class CheckpointFiles:
+    """A checkpoint before it is written: change `config` or `tensors`, then `write` it."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        save_file(self.tensors, folder / "model.safetensors")
+        return folder
 
 
-def inverse_frequencies(config: dict[str, Any], head_dim: int) -> Tensor:
-    """The draft's own theta, 10000 if it writes none; llama3 scaling with low == high allowed."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = config.get("rope_theta", scaling.get("rope_theta", 10000.0))
-    frequencies = []
-    for i in range(head_dim // 2):
-        f = theta ** (-2 * i / head_dim)
-        if scaling.get("rope_type", "default") == "llama3":
-            turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            smooth = float(turns >= high) if low == high else (turns - low) / (high - low)
-            smooth = min(max(smooth, 0.0), 1.0)
-            f = (1 - smooth) * f / scaling["factor"] + smooth * f
-        frequencies.append(f)
-    return torch.tensor(frequencies, dtype=torch.float64)
+def with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A change to None removes the key."""
+    return {k: v for k, v in {**values, **changes}.items() if v is not None}
 
 
-def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, *, interleaved: bool) -> Tensor:
-    """x [rows, heads, head_dim]; pair i is (2i, 2i + 1) if interleaved, else (i, i + half)."""
-    angle = positions.double()[:, None, None] * frequencies
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    half = x.shape[-1] // 2
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    turned = (a * cos - b * sin, a * sin + b * cos)
-    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Well away from initialisation's 0.02, so that every term moves the logits."""
+    return {
+        name: torch.randn(shape) * (0.2 if len(shape) > 1 else 0.5) + float("norm" in name)
+        for name, shape in shapes.items()
+    }
 
 
-class DraftOracle:
-    """Full forward passes of a raw-layout draft, straight from its tensors and its config."""
+def draft_shapes(config: dict[str, Any], target_width: int) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a raw checkpoint (contract 3.1 and 5.1), without maps."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim", width // heads)
+    q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
+    inner = config.get("intermediate_size_mlp", config["intermediate_size"])
+    vocab = config.get("draft_vocab_size", config["vocab_size"])
+    layer = {
+        "self_attn.q_proj.weight": (q, 2 * width),
+        "self_attn.k_proj.weight": (kv, 2 * width),
+        "self_attn.v_proj.weight": (kv, 2 * width),
+        "self_attn.o_proj.weight": (width, q),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        "hidden_norm.weight": (width,),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    if config.get("attention_bias"):
+        layer |= {
+            name.replace("weight", "bias"): (shape[0],)
+            for name, shape in layer.items()
+            if "self_attn" in name
+        }
+    outside = {
+        "fc.weight": (width, 3 * target_width),
+        "norm.weight": (width,),
+        "lm_head.weight": (vocab, width),
+    }
+    return outside | {f"midlayer.{name}": shape for name, shape in layer.items()}
 
-    def __init__(self, tensors: dict[str, Tensor], config: dict[str, Any], target: dict) -> None:
-        self.tensors, self.config = tensors, config
-        self.embedding = tensors.get("embed_tokens.weight", target["model.embed_tokens.weight"])
-        self.head = tensors.get("lm_head.weight", target["lm_head.weight"])
-        self.offsets = tensors.get("d2t", torch.zeros(len(self.head), dtype=torch.int64))
-        self.is_llama4 = config["model_type"] == "llama4_text"
-        entries = config.get("no_rope_layers") or [1]
-        self.has_rope = not self.is_llama4 or entries[-1] == 1
 
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        return rms_norm(x, self.config["rms_norm_eps"], self.tensors[f"{name}.weight"])
+def new_folder(tmp_path: Path) -> Path:
+    """Never one that was used: loaded weights may still be mapped from its file."""
+    return tmp_path / f"checkpoint-{len(list(tmp_path.iterdir()))}"
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
-    def features(self, taps) -> Tensor:
-        """fc over the taps, concatenated in ascending layer order."""
-        return self.linear("fc", torch.cat(tuple(taps), -1))
+@pytest.fixture
+def draft_config():
+    """`draft_config(kind, **changes)`: raw `config.json` of a tiny `llama` or `llama4` draft."""
+    return lambda kind, **changes: with_changes(KINDS[kind], changes)
 
-    def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor):
-        """(pre-norm state, draft logits) of all rows; row i attends to the rows up to i."""
-        e = self.norm("midlayer.input_layernorm", self.embedding[tokens])
-        g = self.norm("midlayer.hidden_norm", hidden)
-        residual = g if self.config.get("norm_before_residual", False) else hidden
-        residual = residual + self.attention(torch.cat((e, g), -1), positions)
-        x = self.norm("midlayer.post_attention_layernorm", residual)
-        gate = functional.silu(self.linear("midlayer.mlp.gate_proj", x))
-        x = self.linear("midlayer.mlp.down_proj", gate * self.linear("midlayer.mlp.up_proj", x))
-        pre = residual + x
-        return pre, functional.linear(self.norm("norm", pre), self.head)
 
-    def attention(self, x: Tensor, positions: Tensor) -> Tensor:
-        config, rows = self.config, len(x)
-        head_dim, num_kv = config["head_dim"], config["num_key_value_heads"]
-        q, k, v = (
-            self.linear(f"midlayer.self_attn.{name}_proj", x).view(rows, -1, head_dim)
-            for name in "qkv"
+@pytest.fixture
+def draft_files(draft_config):
+    """`draft_files(kind, **changes)`: config and random tensors of a raw draft checkpoint."""
+
+    def make(kind: str, **changes) -> CheckpointFiles:
+        config = draft_config(kind, **changes)
+        tensors = random_weights(draft_shapes(config, TARGET["hidden_size"]))
+        if "draft_vocab_size" in config:
+            kept = torch.randperm(config["vocab_size"])[: config["draft_vocab_size"]].sort().values
+            tensors["d2t"] = kept - torch.arange(len(kept))
+        return CheckpointFiles(config, tensors)
+
+    return make
+
+
+@pytest.fixture
+def make_target(tmp_path):
+    """`make_target(**changes)`: a random target, saved in HF layout and loaded."""
+
+    def make(**changes) -> Llama4ForCausalLM:
+        values = with_changes(TARGET, changes)
+        with torch.device("meta"):
+            empty = Llama4ForCausalLM(Llama4Config.from_hf(values))
+        shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+        folder = CheckpointFiles(values, random_weights(shapes)).write(new_folder(tmp_path))
+        return Llama4ForCausalLM.from_pretrained(folder)
+
+    return make
+
+
+@pytest.fixture
+def load_draft(tmp_path, make_target):
+    """`load_draft(files, target=None, backend=None)`; a new target if none is given."""
+
+    def load(
+        files: CheckpointFiles,
+        target: Llama4ForCausalLM | None = None,
+        backend: Backend | None = None,
+    ) -> Eagle3Llama4ForCausalLM:
+        target = target or make_target()
+        return Eagle3Llama4ForCausalLM.from_pretrained(
+            files.write(new_folder(tmp_path)), target, backend
         )
-        if self.has_rope:
-            frequencies = inverse_frequencies(config, head_dim)
-            q = rotate(q, positions, frequencies, interleaved=self.is_llama4)
-            k = rotate(k, positions, frequencies, interleaved=self.is_llama4)
-            if self.is_llama4 and config["use_qk_norm"]:
-                q, k = (rms_norm(y, config["rms_norm_eps"]) for y in (q, k))
-        elif config["attn_temperature_tuning"]:
-            floors = torch.floor((positions + 1) / config["floor_scale"])
-            q = q * (1 + config["attn_scale"] * torch.log1p(floors))[:, None, None]
-        repeat = q.shape[1] // num_kv
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * head_dim**-0.5
-        future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
-        probabilities = scores.masked_fill(future, -torch.inf).softmax(-1)
-        mixed = torch.einsum("hqk,khd->qhd", probabilities, v).flatten(1)
-        return self.linear("midlayer.self_attn.o_proj", mixed)
+
+    return load
 
 
-class ChainOracle:
-    """The committed rows of one sequence; guessed rows live only inside `propose`."""
-
-    def __init__(self, draft: DraftOracle) -> None:
-        self.draft = draft
-        self.hidden = torch.empty(0, draft.config["hidden_size"])
-        self.tokens = torch.empty(0, dtype=torch.int64)
-
-    def observe(self, taps, next_ids: Tensor) -> None:
-        self.hidden = torch.cat((self.hidden, self.draft.features(taps)))
-        self.tokens = torch.cat((self.tokens, next_ids))
-
-    def levels(self, count: int) -> list[tuple[Tensor, Tensor, int]]:
-        """(pre-norm state, draft logits, proposed id) of each level; level 1 is the first pass."""
-        length = len(self.tokens)
-        hidden, tokens, positions = self.hidden, self.tokens, torch.arange(length)
-        found = []
-        for level in range(1, count + 1):
-            pre, logits = self.draft.forward(hidden, tokens, positions)
-            draft_id = int(logits[-1].argmax())
-            target_id = draft_id + int(self.draft.offsets[draft_id])
-            found.append((pre[-1], logits[-1], target_id))
-            hidden = torch.cat((hidden, pre[-1:]))
-            tokens = torch.cat((tokens, torch.tensor([target_id])))
-            positions = torch.cat((positions, torch.tensor([length + level - 1])))
-        return found
+@pytest.fixture(scope="session")
+def oracle() -> SimpleNamespace:
+    """`oracle.DraftOracle` and `oracle.ChainOracle`, see oracle.py."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("oracle.py"))))

@@ -108,6 +108,9 @@ def test_rejects_bad_arguments(device):
         rope(q, k[..., :8], rotation, "half", None)
     with pytest.raises(ValueError, match="k_TGK: must be torch.float32 like q_THK"):
         rope(q, k.half(), rotation, "half", None)
+    sliced = Rotation(*(x.repeat(1, 2)[:, :8] for x in (rotation.cos_TJ, rotation.sin_TJ)))
+    with pytest.raises(ValueError, match="rotation: must be contiguous"):
+        rope(q, k, sliced, "half", None)
     wide = Rotation(torch.ones(1, 129, device=device), torch.ones(1, 129, device=device))
     with pytest.raises(ValueError, match="at most 256"):
         rope(torch.ones(1, 1, 258, device=device), k, wide, "half", None)

@@ -24,6 +24,7 @@ def test_matches_ref(shape, device, dtypes, assert_close):
 def test_halves_of_one_tensor(device, assert_close):
     gate, up = torch.randn(4, 126, device=device).chunk(2, dim=-1)
     assert_close(swiglu(gate, up), swiglu_ref(gate, up), TOLERANCE[gate.dtype])
+    assert torch.equal(swiglu(gate, up.contiguous()), swiglu(gate, up))  # two different row strides
 
 
 def test_saturated_gates(device, assert_close):

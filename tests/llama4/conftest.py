@@ -1,10 +1,11 @@
-"""Random tiny Llama 4 checkpoints in transformers' own format, and transformers' own model of them."""
+"""Random tiny Llama 4 checkpoints in transformers' format, and its own model of them."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+
 from aerie.llama4.model import Llama4ForCausalLM
 
 BASE: dict[str, Any] = {

@@ -8,6 +8,7 @@ multi-token steps on the cache.
 
 import pytest
 import torch
+
 from aerie.llama4.cache import Tree
 
 # logits are O(10); both sides sum in float32 in different orders over a few hundred terms per layer
@@ -95,7 +96,7 @@ def test_triton_backend_matches_transformers(make_pair, assert_close):
 
 
 def test_tree_rows_equal_their_own_paths(make_pair, assert_close):
-    """Every node of a tree that straddles a chunk edge sees what it would see as a plain sequence."""
+    """A node of a tree that straddles a chunk edge sees what it would in a plain sequence."""
     pair = make_pair(11)
     parents = (-1, 0, 0, 1, 1, 2, 3, 6, 6)
     prefix, nodes = torch.randint(0, 96, (14,)), torch.randint(0, 96, (len(parents),))
@@ -121,7 +122,7 @@ def test_sequences_of_a_batch_do_not_mix(make_pair, assert_close):
 
 
 def test_taps_are_the_inputs_of_layers(make_pair):
-    """`hidden_states[i]` of transformers is the un-normed input of layer i; a tap is bitwise ours."""
+    """`hidden_states[i]` of transformers is the un-normed input of layer i."""
     pair = make_pair(17)
     ids = torch.randint(0, 96, (12,))
     pair.ours.set_aux_hidden_state_layers((3, 0, 2))

@@ -1,0 +1,195 @@
+"""Reading a raw draft's `config.json`: what both layer kinds mean, and everything else is named.
+
+A rejection is a CheckpointError whose one sentence holds the key (or file) and the value. Defects
+that only show as a draft which is never accepted are refused here.
+"""
+
+import json
+
+import pytest
+
+from aerie.eagle3.config import Eagle3Config, draft_no_rope_entry
+from aerie.llama4.attention_config import Temperature
+from aerie.llama4.json_fields import CheckpointError
+
+DEPTH = 8  # of the target
+TAP_KEY = "eagle_aux_hidden_state_layer_ids"
+
+
+@pytest.fixture
+def read(draft_config):
+    """`read(kind, **changes)`: the parsed config for a target of 8 layers."""
+    return lambda kind, **changes: Eagle3Config.from_hf(draft_config(kind, **changes), DEPTH)
+
+
+def test_llama_kind(read):
+    config = read("llama", no_rope_layers=[0], use_qk_norm=True, attention_chunk_size=4)
+    assert (config.layer_kind, config.intermediate_size) == ("llama", 56)
+    attention = config.attention
+    assert (attention.input_size, attention.hidden_size) == (80, 40)
+    assert (attention.rotary_layout, attention.qk_norm_eps) == ("half", None)
+    assert (attention.temperature, attention.chunk_size) == (None, None)
+
+
+def test_llama4_kind(read):
+    config = read("llama4", attention_chunk_size=4)
+    assert (config.layer_kind, config.intermediate_size) == ("llama4", 48)
+    attention = config.attention
+    assert (attention.rotary_layout, attention.qk_norm_eps) == ("interleaved", 1e-5)
+    assert (attention.temperature, attention.chunk_size) == (None, None)
+
+
+def test_llama4_kind_without_rope(read):
+    attention = read("llama4", no_rope_layers=[0]).attention
+    assert (attention.rotary_layout, attention.qk_norm_eps) == (None, None)
+    assert attention.temperature == Temperature(4.0, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("LlamaForCausalLMEagle3", "llama"),
+        ("Eagle3LlamaForCausalLM", "llama"),
+        ("Llama4ForCausalLM", "llama4"),
+        ("Eagle3Llama4ForCausalLM", "llama4"),
+    ],
+)
+def test_architectures(name, kind, read):
+    assert read("llama", architectures=[name]).layer_kind == kind
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ((), 1),
+        ((1,), 1),
+        ((0,), 0),
+        ((0,) * DEPTH + (1,), 1),
+        ((1,) * DEPTH + (0,), 0),
+        ((0, 1), 0),
+    ],
+    ids=str,
+)
+def test_no_rope_entry(entries, expected):
+    assert draft_no_rope_entry(entries, DEPTH) == expected
+
+
+def test_defaults(read):
+    config = read("llama", draft_vocab_size=None, rms_norm_eps=None, num_key_value_heads=None)
+    assert (config.draft_vocab_size, config.target_hidden_size) == (96, 40)
+    assert (config.rope.theta, config.rope.scaling) == (10000.0, None)
+    assert (config.num_taps, config.aux_hidden_state_layers) == (3, None)
+    assert (config.rms_norm_eps, config.attention.num_kv_heads) == (1e-5, 10)
+    assert not config.norm_before_residual
+
+
+@pytest.mark.parametrize(
+    ("changes", "taps"),
+    [
+        ({TAP_KEY: [1, 3, 6]}, (1, 3, 6)),
+        ({"eagle_config": {TAP_KEY: [1, 3, 6]}}, (1, 3, 6)),
+        ({TAP_KEY: [2, 4, 5], "eagle_config": {TAP_KEY: [1, 3, 6]}}, (2, 4, 5)),
+        ({TAP_KEY: []}, None),
+        ({"eagle_config": {}}, None),
+    ],
+    ids=["top", "nested", "top wins", "empty", "empty nested"],
+)
+def test_tap_ids(changes, taps, read):
+    assert read("llama", **changes).aux_hidden_state_layers == taps
+
+
+@pytest.mark.parametrize("key", ["num_aux_hidden_states", "num_aux_layers", "aux_state_multiplier"])
+def test_tap_count_keys(key, read):
+    assert read("llama", **{key: 2}).num_taps == 2
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_attention_heads"])
+def test_rejects_missing_key(key, read):
+    with pytest.raises(CheckpointError, match=rf"'{key}': missing"):
+        read("llama", **{key: None})
+
+
+@pytest.mark.parametrize("value", ["64", 64.0, True, 0, -1, [64]], ids=repr)
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "draft_vocab_size", "num_aux_layers"])
+def test_rejects_wrong_integer(key, value, read):
+    with pytest.raises(CheckpointError) as error:
+        read("llama", **{key: value})
+    assert f"'{key}': must be an integer >= 1, got {value!r}" in str(error.value)
+
+
+YARN = {"rope_type": "yarn"}
+REJECTED = {
+    "unknown architecture": ({"architectures": ["MedusaModel"]}, "MedusaModel", "supported are"),
+    "no architecture": ({"architectures": None}, "'architectures'", "supported are"),
+    "EAGLE-1": ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM'", "Eagle3"),
+    "two layers": ({"num_hidden_layers": 2}, "num_hidden_layers", "exactly 1"),
+    "MoE": ({"moe_layers": [0]}, "moe_layers", "[0]"),
+    "yoco global": ({"yoco_global_kv_layer": 3}, "yoco_global_kv_layer", "3"),
+    "yoco local": ({"yoco_local_kv_layer": 3}, "yoco_local_kv_layer", "3"),
+    "sliding window": ({"sliding_window": 2048}, "sliding_window", "2048"),
+    "norm_before_fc": ({"norm_before_fc": True}, "norm_before_fc", "not supported"),
+    "fc_norm": ({"fc_norm": True}, "fc_norm", "not supported"),
+    "norm_output": ({"norm_output": True}, "norm_output", "not supported"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
+    "flag is text": ({"norm_before_residual": "no"}, "norm_before_residual", "'no'"),
+    "eps is text": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps", "'1e-5'"),
+    "heads not divisible": ({"num_key_value_heads": 3}, "num_key_value_heads 3", "10"),
+    "odd head_dim": ({"head_dim": 5}, "head_dim", "5"),
+    "large vocabulary": ({"draft_vocab_size": 97}, "draft_vocab_size", "97"),
+    "rope type": ({"rope_scaling": YARN}, "rope_type", "'yarn'"),
+    "theta is text": ({"rope_theta": "10000"}, "rope_theta", "'10000'"),
+    "nested theta is text": ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta", "'1'"),
+    "tap ids text": ({TAP_KEY: "2,4,5"}, TAP_KEY, "'2,4,5'"),
+    "tap ids floats": ({TAP_KEY: [2.0, 4.0, 5.0]}, TAP_KEY, "2.0"),
+    "nested tap ids text": ({"eagle_config": {TAP_KEY: ["2"]}}, TAP_KEY, "'2'"),
+    "tap count": ({TAP_KEY: [2, 4], "num_aux_layers": 3}, TAP_KEY, "3"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejects(case, read):
+    changes, key, value = REJECTED[case]
+    with pytest.raises(CheckpointError) as error:
+        read("llama", **changes)
+    assert key in str(error.value)
+    assert value in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"no_rope_layers": [0.0]}, "no_rope_layers"),
+        ({"no_rope_layers": "0"}, "no_rope_layers"),
+        ({"no_rope_layers": [0], "floor_scale": 0}, "floor_scale"),
+        ({"no_rope_layers": [0], "attn_scale": "0.1"}, "attn_scale"),
+        ({"use_qk_norm": "yes"}, "use_qk_norm"),
+        ({"intermediate_size_mlp": "48"}, "intermediate_size_mlp"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_llama4_kind_rejects(changes, key, read):
+    with pytest.raises(CheckpointError, match=f"'{key}'"):
+        read("llama4", **changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "not valid JSON"),
+        (b'{"hidden_size": 6', "not valid JSON"),
+        (b"[1]", "must hold a JSON object, got list"),
+    ],
+    ids=["missing", "empty", "truncated", "a list"],
+)
+def test_rejects_file(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        Eagle3Config.from_pretrained(tmp_path, DEPTH)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_reads_the_file(tmp_path, draft_config, read):
+    (tmp_path / "config.json").write_text(json.dumps(draft_config("llama4")))
+    assert Eagle3Config.from_pretrained(tmp_path, DEPTH) == read("llama4")

@@ -1,0 +1,212 @@
+"""Loading a target strictly from safetensors: one file, shards, multimodal; all faults listed.
+
+A rejection is a CheckpointError that names the file and the tensor. Regimes: absent and spoilt
+files, an index that leaves its folder, missing, extra, misshapen, duplicate and non-finite tensors.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.config import Llama4Config
+from aerie.llama4.json_fields import CheckpointError
+from aerie.llama4.model import Llama4ForCausalLM
+
+VALUES: dict[str, Any] = {
+    "model_type": "llama4_text",
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "intermediate_size_mlp": 20,
+    "num_hidden_layers": 2,
+    "interleave_moe_layer_step": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_local_experts": 3,
+    "max_position_embeddings": 64,
+}
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UP = "model.layers.0.feed_forward.up_proj.weight"
+EXPERTS = "model.layers.1.feed_forward.experts.down_proj"
+
+
+def random_tensors(**changes) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        model = Llama4ForCausalLM(Llama4Config.from_hf({**VALUES, **changes}))
+    return {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def write(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any] = VALUES) -> Path:
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file(tensors, folder / FILE)
+    return folder
+
+
+def write_shards(folder: Path, *shards: dict[str, Tensor]) -> Path:
+    (folder / "config.json").write_text(json.dumps(VALUES))
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number}.safetensors"
+        save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    return Llama4ForCausalLM.from_pretrained(folder).state_dict()
+
+
+def rejection(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    assert str(folder) in str(error.value)
+    return str(error.value)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_one_file(tmp_path):
+    tensors = random_tensors()
+    assert_same(load(write(tmp_path, tensors)), tensors)
+
+
+def test_shards(tmp_path):
+    tensors = random_tensors()
+    names = sorted(tensors)
+    parts = [{name: tensors[name] for name in names[start::3]} for start in range(3)]
+    assert_same(load(write_shards(tmp_path, *parts)), tensors)
+
+
+def test_text_part_of_a_multimodal_checkpoint(tmp_path):
+    tensors = random_tensors()
+    files = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    files["vision_model.patch_embedding.linear.weight"] = torch.randn(4, 4)
+    files["multi_modal_projector.linear_1.weight"] = torch.randn(16, 4)
+    values = {
+        "model_type": "llama4",
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "text_config": VALUES,
+        "vision_config": {"hidden_size": 4},
+    }
+    assert_same(load(write(tmp_path, files, values)), tensors)
+
+
+def test_tied_head_is_one_tensor(tmp_path):
+    tensors = random_tensors()
+    del tensors["lm_head.weight"]
+    folder = write(tmp_path, tensors, {**VALUES, "tie_word_embeddings": True})
+    model = Llama4ForCausalLM.from_pretrained(folder)
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    assert head.data_ptr() == embedding.data_ptr()
+    assert torch.equal(head, tensors["model.embed_tokens.weight"])
+
+
+def test_weights_are_cast_and_frozen(tmp_path):
+    tensors = {name: tensor.bfloat16() for name, tensor in random_tensors().items()}
+    model = Llama4ForCausalLM.from_pretrained(write(tmp_path, tensors), dtype=torch.float16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize("path", ["no folder here", "a/b/c", "/nowhere/at/all", "../x", ""])
+def test_rejects_path_that_is_no_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        resolve_folder(path or tmp_path / "absent")
+    assert (path or "absent") in str(error.value)
+
+
+def test_rejects_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(VALUES))
+    message = rejection(tmp_path)
+    assert FILE in message
+    assert INDEX in message
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -10])
+def test_rejects_truncated_file(keep, tmp_path):
+    file = write(tmp_path, random_tensors()) / FILE
+    file.write_bytes(file.read_bytes()[:keep])
+    assert f"{file}: not a readable safetensors file" in rejection(tmp_path)
+
+
+def test_rejects_file_of_another_format(tmp_path):
+    file = write(tmp_path, random_tensors()) / FILE
+    file.write_bytes(b"PK\x03\x04" * 100)
+    assert f"{file}: not a readable safetensors file" in rejection(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/tmp/x.safetensors", "a/x.safetensors", "weights.bin", "..", ""]
+)
+def test_rejects_index_that_points_elsewhere(name, tmp_path):
+    folder = write_shards(tmp_path, random_tensors())
+    (folder / INDEX).write_text(json.dumps({"weight_map": {UP: name}}))
+    assert f"{name!r} is not a plain safetensors file name" in rejection(folder)
+
+
+@pytest.mark.parametrize("value", [{}, {"weight_map": {}}, {"weight_map": [FILE]}], ids=str)
+def test_rejects_index_without_map(value, tmp_path):
+    folder = write_shards(tmp_path, random_tensors())
+    (folder / INDEX).write_text(json.dumps(value))
+    assert "'weight_map' must be a non-empty object" in rejection(folder)
+
+
+def test_rejects_missing_shard(tmp_path):
+    folder = write_shards(tmp_path, random_tensors())
+    (folder / "model-0.safetensors").unlink()
+    assert "model-0.safetensors: not a readable safetensors file" in rejection(folder)
+
+
+def test_rejects_tensor_in_two_shards(tmp_path):
+    tensors = random_tensors()
+    folder = write_shards(tmp_path, tensors, {UP: tensors[UP]})
+    assert f"tensor {UP} appears twice" in rejection(folder)
+
+
+def test_lists_all_that_is_wrong(tmp_path):
+    tensors = random_tensors()
+    del tensors["model.norm.weight"], tensors["lm_head.weight"]
+    tensors["model.layers.2.self_attn.q_proj.weight"] = torch.zeros(2, 2)
+    tensors[EXPERTS] = tensors[EXPERTS].transpose(1, 2).contiguous()
+    tensors[UP][3, 1] = torch.nan
+    message = rejection(write(tmp_path, tensors))
+    assert "5 tensors are wrong" in message
+    for part in (
+        "model.norm.weight: missing",
+        "lm_head.weight: missing",
+        "model.layers.2.self_attn.q_proj.weight: unexpected",
+        f"{EXPERTS}: shape (3, 16, 12), expected (3, 12, 16)",
+        f"{UP}: not finite",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rejects_weight_that_is_not_finite(value, tmp_path):
+    tensors = random_tensors()
+    tensors[EXPERTS][2, 1, 0] = value
+    assert f"{EXPERTS}: not finite" in rejection(write(tmp_path, tensors))
+
+
+def test_rejects_per_expert_files(tmp_path):
+    tensors = random_tensors()
+    down = tensors.pop(EXPERTS)
+    for expert, weight in enumerate(down):
+        name = EXPERTS.replace("down_proj", f"{expert}.down_proj.weight")
+        tensors[name] = weight.T.contiguous()
+    message = rejection(write(tmp_path, tensors))
+    assert f"{EXPERTS}: missing" in message
+    assert "experts.0.down_proj.weight: unexpected" in message

@@ -1,0 +1,195 @@
+"""The command line on the embedded pair: outputs, exit codes, and bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from aerie.cli import app
+from aerie.embedded import DRAFT, TARGET
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+STATS = {
+    "num_tokens",
+    "num_target_passes",
+    "num_drafts",
+    "acceptance_length",
+    "acceptance_per_position",
+    "conditional_acceptance_per_position",
+    "tokens_per_second",
+    "draft_ms",
+    "verify_ms",
+    "other_ms",
+}
+
+
+def aerie(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def generate(*arguments: str):
+    return aerie("generate", "--max-new-tokens", "12", "--device", "cpu", *arguments)
+
+
+def test_json_is_one_object_on_stdout():
+    result = generate("--prompt", "The with statement", "--check", "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["identical"] is True
+    assert len(printed["token_ids"]) == printed["stats"]["num_tokens"] == 12
+    assert STATS <= set(printed["stats"])
+    assert printed["stats"]["num_drafts"] > 0
+
+
+def test_text_streams_before_the_table():
+    as_json = json.loads(generate("--prompt", "A class", "--json").stdout)
+    shown = generate("--prompt", "A class", "--check")
+    assert shown.exit_code == 0
+    assert shown.stdout.startswith(as_json["text"])
+    assert "acceptance length" in shown.stdout.removeprefix(as_json["text"])
+    assert "same ids as without draft" in shown.stdout
+
+
+def test_json_without_check_does_not_claim_identity():
+    assert "identical" not in json.loads(generate("--prompt", "A class", "--json").stdout)
+
+
+def test_plain_and_speculative_ids_agree():
+    plain = json.loads(generate("--prompt", "A class", "--no-draft", "--json").stdout)
+    config = '{"method": "eagle3", "num_speculative_tokens": 2, "draft_tensor_parallel_size": 1}'
+    other = generate("--prompt", "A class", "--speculative-config", config, "--json")
+    assert json.loads(other.stdout)["token_ids"] == plain["token_ids"]
+    assert plain["stats"]["num_drafts"] == 0
+
+
+def test_draft_from_the_speculative_config():
+    config = json.dumps({"method": "eagle3", "model": str(DRAFT)})
+    arguments = ("--model", str(TARGET), "--speculative-config", config)
+    result = generate(*arguments, "--prompt", "A class", "--json")
+    assert json.loads(result.stdout)["stats"]["num_drafts"] > 0
+
+
+def test_prompt_file(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("The with statement")
+    from_file = json.loads(generate("--prompt-file", str(file), "--json").stdout)
+    from_text = json.loads(generate("--prompt", "The with statement", "--json").stdout)
+    assert from_file["token_ids"] == from_text["token_ids"]
+
+
+def test_doctor():
+    result = aerie("doctor", "--json")
+    diagnosis = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert diagnosis["torch"] == torch.__version__
+    assert "because" in diagnosis["backend auto"] or "(" in diagnosis["backend auto"]
+    assert "backend auto" in aerie("doctor").stdout
+
+
+BAD = {
+    "no prompt": ((), "exactly one"),
+    "two prompts": (("--prompt", "a", "--prompt-file", "b"), "exactly one"),
+    "empty prompt": (("--prompt", ""), "prompt is empty"),
+    "absent prompt file": (("--prompt-file", "/absent"), "cannot read /absent"),
+    "prompt too long": (("--prompt", "word " * 3000), "the context is 1024"),
+    "no new tokens": (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens: must be"),
+    "missing folder": (("--prompt", "a", "--model", "/absent"), "/absent: no such folder"),
+    "k of 0": (
+        ("--prompt", "a", "--speculative-config", '{"num_speculative_tokens": 0}'),
+        "num_speculative_tokens: must be an integer",
+    ),
+    "k as text": (
+        ("--prompt", "a", "--speculative-config", '{"num_speculative_tokens": "3"}'),
+        "num_speculative_tokens: must be an integer",
+    ),
+    "unknown key": (
+        ("--prompt", "a", "--speculative-config", '{"tree": 1}'),
+        "unknown keys ['tree']",
+    ),
+    "unknown method": (
+        ("--prompt", "a", "--speculative-config", '{"method": "medusa"}'),
+        "supported is 'eagle3', got 'medusa'",
+    ),
+    "tensor parallel": (
+        ("--prompt", "a", "--speculative-config", '{"tensor_parallel_size": 1}'),
+        "draft_tensor_parallel_size",
+    ),
+    "draft parallel": (
+        ("--prompt", "a", "--speculative-config", '{"draft_tensor_parallel_size": 2}'),
+        "draft_tensor_parallel_size: must be 1",
+    ),
+    "not json": (("--prompt", "a", "--speculative-config", "{"), "not valid JSON"),
+    "contradiction": (("--prompt", "a", "--no-draft", "--draft", "x"), "contradicts"),
+    "no such device": (("--prompt", "a", "--device", "tpu9"), "--device"),
+    "no such backend": (("--prompt", "a", "--backend", "cuda"), "--backend"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(case):
+    arguments, message = BAD[case]
+    result = generate(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """`broken(change)`: a copy of the embedded target whose tensors `change` has edited."""
+
+    def make(change):
+        folder = shutil.copytree(TARGET, tmp_path / "target")
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        return str(folder)
+
+    return make
+
+
+def test_a_wrong_checkpoint_lists_everything(broken):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.extra"] = torch.zeros(1)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:5].clone()
+        tensors["model.layers.3.self_attn.q_proj.weight"][0, 0] = torch.nan
+
+    result = generate("--prompt", "a", "--model", broken(change))
+    assert result.exit_code == 2
+    for problem in (
+        "4 tensors are wrong",
+        "model.norm.weight: missing",
+        "model.extra: unexpected",
+        "lm_head.weight: shape (5, 128), expected (1024, 128)",
+        "model.layers.3.self_attn.q_proj.weight: not finite",
+    ):
+        assert problem in result.stderr
+    assert result.stdout == ""
+
+
+def test_another_architecture(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
+    shutil.copy(TARGET / "tokenizer.json", tmp_path)
+    result = generate("--prompt", "a", "--model", str(tmp_path))
+    assert result.exit_code == 2
+    assert "is not a Llama 4" in result.stderr
+
+
+def test_check_exits_1_when_ids_differ(monkeypatch):
+    """The comparison itself: a plain run that is made to differ must be reported."""
+    from aerie import run
+
+    def tampered(*arguments):
+        result = plain(*arguments)
+        result.tokens[3] += 1
+        return result
+
+    plain = run.generate
+    monkeypatch.setattr(run, "generate", tampered)
+    result = generate("--prompt", "A class", "--check", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["identical"] is False
+    assert "differ from plain decoding at token 3" in result.stderr
