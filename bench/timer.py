@@ -16,4 +16,6 @@ class Work:
 
 def device_microseconds(call: Callable[[], object]) -> float:
     """Median over calls with a flushed L2; includes the launch, so read it as an upper bound."""
-    return 1e3 * float(triton.testing.do_bench(call, return_mode="median"))
+    milliseconds = triton.testing.do_bench(call, return_mode="median")
+    assert isinstance(milliseconds, float)
+    return 1e3 * milliseconds

@@ -4,7 +4,8 @@
 
 EAGLE-3 (arXiv 2503.01840, section 3.1) fuses a low, a middle and a high layer this way. The kernel
 runs one K loop over all taps into one float32 accumulator, so the [T, I*D] concatenation is never
-materialised; the sum is rounded once, after the bias.
+materialised; the sum is rounded once, after the bias. The weight tile is the left operand, as in
+`linear`.
 
 Letters: T rows, I taps, D width of a tap, F output width.
 """
@@ -49,8 +50,8 @@ def _aux_projection_kernel(
     F,
     NUM_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
@@ -63,20 +64,13 @@ def _aux_projection_kernel(
         tap = step // num_steps
         d = step % num_steps * BLOCK_D + tl.arange(0, BLOCK_D)
         tap_ptr = tap0_ptr
-        if tap == 1:
-            tap_ptr = tap1_ptr
-        elif tap == 2:
-            tap_ptr = tap2_ptr
-        elif tap == 3:
-            tap_ptr = tap3_ptr
-        elif tap == 4:
-            tap_ptr = tap4_ptr
-        elif tap == 5:
-            tap_ptr = tap5_ptr
-        elif tap == 6:
-            tap_ptr = tap6_ptr
-        elif tap == 7:
-            tap_ptr = tap7_ptr
+        tap_ptr = tl.where(tap == 1, tap1_ptr, tap_ptr)
+        tap_ptr = tl.where(tap == 2, tap2_ptr, tap_ptr)
+        tap_ptr = tl.where(tap == 3, tap3_ptr, tap_ptr)
+        tap_ptr = tl.where(tap == 4, tap4_ptr, tap_ptr)
+        tap_ptr = tl.where(tap == 5, tap5_ptr, tap_ptr)
+        tap_ptr = tl.where(tap == 6, tap6_ptr, tap_ptr)
+        tap_ptr = tl.where(tap == 7, tap7_ptr, tap_ptr)
         weight_mask, x_mask = in_features & (d < D)[None, :], is_row & (d < D)[:, None]
         weight = tl.load(weight_row_ptr + tap * D + d[None, :], mask=weight_mask, other=0.0)
         x = tl.load(tap_ptr + row + d[:, None], mask=x_mask, other=0.0)
@@ -88,20 +82,22 @@ def _aux_projection_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile of rows by output columns by depth."""
+    """Tile of the output (`BLOCK_F` x `BLOCK_T`) and depth of one step of the sum."""
 
-    BLOCK_T: int
     BLOCK_F: int
+    BLOCK_T: int
     BLOCK_D: int
+    num_warps: int
+    num_stages: int
 
 
-def _launch_config(rows: int, width_in: int, width_out: int) -> LaunchConfig:
-    """All rows in one tile up to 64, so that the weight is read once. Not yet measured on a GPU."""
-    return LaunchConfig(
-        BLOCK_T=min(64, max(16, triton.next_power_of_2(rows))),
-        BLOCK_F=min(64, max(16, triton.next_power_of_2(width_out))),
-        BLOCK_D=min(64, max(16, triton.next_power_of_2(width_in))),
-    )
+def _launch_config(rows: int, itemsize: int) -> LaunchConfig:
+    """As `linear`: 64 weight rows, 16 to 64 columns, 128 bytes of depth.
+
+    All rows ride along with one pass over the weight up to 64. Not yet measured on a GPU.
+    """
+    block_t = min(64, max(16, triton.next_power_of_2(rows)))
+    return LaunchConfig(64, block_t, BLOCK_D=128 // itemsize, num_warps=4, num_stages=4)
 
 
 @torch.library.custom_op("aerie::aux_projection", mutates_args=())
@@ -109,7 +105,7 @@ def _aux_projection_op(taps: Sequence[Tensor], weight: Tensor, bias: Tensor | No
     check_launchable(weight)
     (rows, width), columns = taps[0].shape, weight.shape[0]
     out = taps[0].new_empty((rows, columns))
-    config = _launch_config(rows, width, columns)
+    config = _launch_config(rows, weight.element_size())
     if rows == 0:
         return out
     grid = (triton.cdiv(columns, config.BLOCK_F), triton.cdiv(rows, config.BLOCK_T))
@@ -125,9 +121,11 @@ def _aux_projection_op(taps: Sequence[Tensor], weight: Tensor, bias: Tensor | No
         columns,
         NUM_TAPS=len(taps),
         HAS_BIAS=bias is not None,
-        BLOCK_T=config.BLOCK_T,
         BLOCK_F=config.BLOCK_F,
+        BLOCK_T=config.BLOCK_T,
         BLOCK_D=config.BLOCK_D,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return out
 

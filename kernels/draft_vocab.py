@@ -74,8 +74,8 @@ def _draft_vocab_kernel(
     D,
     U,
     A: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)[:, None]
@@ -166,22 +166,25 @@ def _merge_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile of rows by draft ids by depth, and the lanes of the merge."""
+    """Tile of draft ids by rows by depth, and the lanes of the merge."""
 
-    BLOCK_T: int
     BLOCK_U: int
+    BLOCK_T: int
     BLOCK_D: int
     BLOCK_N: int
+    num_warps: int
+    num_stages: int
 
 
-def _launch_config(rows: int, width: int, vocabulary: int, k: int) -> LaunchConfig:
-    """All rows in one tile up to 64, so that the head is read once. Not yet measured on a GPU."""
-    block_u = min(128, max(16, triton.next_power_of_2(vocabulary)))
+def _launch_config(rows: int, vocabulary: int, k: int, itemsize: int) -> LaunchConfig:
+    """64 head rows, 16 to 64 columns, 128 bytes of depth: the head is read once up to 64 rows.
+
+    Chosen by shape, as in `linear`; not yet measured on a GPU.
+    """
+    block_u, block_t = 64, min(64, max(16, triton.next_power_of_2(rows)))
+    candidates = triton.next_power_of_2(triton.cdiv(vocabulary, block_u) * k)
     return LaunchConfig(
-        BLOCK_T=min(64, max(16, triton.next_power_of_2(rows))),
-        BLOCK_U=block_u,
-        BLOCK_D=min(64, max(16, triton.next_power_of_2(width))),
-        BLOCK_N=min(4096, triton.next_power_of_2(triton.cdiv(vocabulary, block_u) * k)),
+        block_u, block_t, 128 // itemsize, min(2048, candidates), num_warps=4, num_stages=4
     )
 
 
@@ -191,7 +194,7 @@ def _draft_vocab_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_launchable(hidden)
     (rows, width), vocabulary = hidden.shape, head.shape[0]
-    config = _launch_config(rows, width, vocabulary, k)
+    config = _launch_config(rows, vocabulary, k, head.element_size())
     num_tiles = triton.cdiv(vocabulary, config.BLOCK_U)
     sums = hidden.new_empty((rows, num_tiles, 2), dtype=torch.float32)
     best = hidden.new_empty((rows, num_tiles, k), dtype=torch.float32)
@@ -211,9 +214,11 @@ def _draft_vocab_op(
         width,
         vocabulary,
         A=k,
-        BLOCK_T=config.BLOCK_T,
         BLOCK_U=config.BLOCK_U,
+        BLOCK_T=config.BLOCK_T,
         BLOCK_D=config.BLOCK_D,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     _merge_kernel[(rows,)](
         sums,

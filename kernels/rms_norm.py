@@ -13,7 +13,6 @@ Letters: T rows, D width.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -33,8 +32,14 @@ class NormedResidual:
 
 def rms_norm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The formula above in PyTorch, float32 inside."""
-    normed_TD = F.rms_norm(x_TD.float(), x_TD.shape[-1:], eps=eps).to(x_TD.dtype)
-    return normed_TD * weight_D
+    return normalise_ref(x_TD, eps) * weight_D
+
+
+def normalise_ref(x_TD: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a weight. Written out: on a CPU `F.rms_norm` takes half as long again."""
+    x_f32 = x_TD.float()
+    rstd = torch.rsqrt(x_f32.square().mean(dim=-1, keepdim=True) + eps)
+    return (x_f32 * rstd).to(x_TD.dtype)
 
 
 def add_rms_norm_ref(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float):

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from aerie.kernels.backend import check_launchable
+from aerie.kernels.rms_norm import normalise_ref
 from aerie.kernels.rotation import Rotation
 
 Layout = Literal["interleaved", "half"]
@@ -39,10 +39,10 @@ def rope_ref(
     q_THK: Tensor, k_TGK: Tensor, rotation: Rotation, layout: Layout, qk_norm_eps: float | None
 ) -> RotatedHeads:
     """The formula above in PyTorch, float32 inside."""
-    q_THK, k_TGK = _rotate_ref(q_THK, rotation, layout), _rotate_ref(k_TGK, rotation, layout)
-    if qk_norm_eps is None:
-        return RotatedHeads(q_THK, k_TGK)
-    return RotatedHeads(_norm_ref(q_THK, qk_norm_eps), _norm_ref(k_TGK, qk_norm_eps))
+    heads = _rotate_ref(torch.cat((q_THK, k_TGK), dim=1), rotation, layout)
+    if qk_norm_eps is not None:
+        heads = normalise_ref(heads, qk_norm_eps)
+    return RotatedHeads(*heads.split((q_THK.shape[1], k_TGK.shape[1]), dim=1))
 
 
 def _rotate_ref(x_THK: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
@@ -54,10 +54,6 @@ def _rotate_ref(x_THK: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
         pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
         rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     return rotated.to(x_THK.dtype)
-
-
-def _norm_ref(x_THK: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x_THK.float(), x_THK.shape[-1:], eps=eps).to(x_THK.dtype)
 
 
 @triton.jit

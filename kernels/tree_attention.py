@@ -199,21 +199,21 @@ def _tree_attention_kernel(
 ):
     head, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row_start = tl.load(row_starts_ptr + b).to(tl.int64)
-    num_rows = tl.load(row_starts_ptr + b + 1).to(tl.int64) - row_start
+    num_rows = (tl.load(row_starts_ptr + b + 1) - row_start).to(tl.int32)
     if tl.program_id(0) * BLOCK_M >= num_rows * RATIO:
         return
-    prefix = tl.load(prefix_lengths_ptr + b).to(tl.int64)
+    prefix = tl.load(prefix_lengths_ptr + b).to(tl.int32)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    t, h = (m // RATIO).to(tl.int64), head * RATIO + m % RATIO
+    t, h = m // RATIO, head * RATIO + m % RATIO
     k = tl.arange(0, BLOCK_K)
     is_row = t < num_rows
     in_out = is_row[:, None] & (k < K)[None, :]
     q_offset = (row_start + t) * stride_qt + h * stride_qh
     q = tl.load(q_ptr + q_offset[:, None] + k[None, :], mask=in_out, other=0.0)
 
-    position = tl.load(positions_ptr + row_start + t, mask=is_row, other=0)
-    lowest = tl.zeros([BLOCK_M], tl.int64)
-    first = tl.zeros([], tl.int64)
+    position = tl.load(positions_ptr + row_start + t, mask=is_row, other=0).to(tl.int32)
+    lowest = tl.zeros([BLOCK_M], tl.int32)
+    first = tl.zeros([], tl.int32)
     if CHUNK_SIZE > 0:
         lowest = position // CHUNK_SIZE * CHUNK_SIZE
         first = tl.min(tl.where(is_row, lowest, prefix + num_rows), axis=0)
@@ -225,7 +225,7 @@ def _tree_attention_kernel(
         tl.full([BLOCK_M], -float("inf"), tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
     )
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
     for start in range(first, prefix, BLOCK_N):
         slot = start + n
         read = slot < prefix
@@ -245,7 +245,7 @@ def _tree_attention_kernel(
             PAGE_SIZE,
             BLOCK_K,
         )
-    first_new, end_new = tl.zeros([], tl.int64), num_rows
+    first_new, end_new = tl.zeros([], tl.int32), num_rows
     if not HAS_ANCESTORS:
         first_new = tl.maximum(first - prefix, 0)  # the positions of a chain are its slots
         end_new = tl.minimum(end_new, tl.max(t, axis=0) + 1)
@@ -257,7 +257,7 @@ def _tree_attention_kernel(
             related = ((word[:, None] >> (j % 64)[None, :]) & 1) == 1
         else:
             related = j[None, :] <= t[:, None]
-        key_position = tl.load(positions_ptr + row_start + j, mask=is_new, other=0)
+        key_position = tl.load(positions_ptr + row_start + j, mask=is_new, other=0).to(tl.int32)
         visible = is_row[:, None] & is_new[None, :] & related
         visible = visible & (key_position[None, :] >= lowest[:, None])
         read = tl.max(visible.to(tl.int32), axis=0) > 0
@@ -290,13 +290,19 @@ class LaunchConfig:
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
+    num_stages: int
 
 
-def _launch_config(max_rows: int, ratio: int, head_dim: int) -> LaunchConfig:
-    """All packed rows in one tile up to 64. No split over the keys; not yet measured on a GPU."""
-    block_m = min(64, max(16, triton.next_power_of_2(max_rows * ratio)))
+def _launch_config(max_rows: int, ratio: int, head_dim: int, itemsize: int) -> LaunchConfig:
+    """All packed rows in one tile up to 64 (32 in float32), 64 keys a tile, no split over the keys.
+
+    Compiled for sm_90 at K = 128 no such tile spills; not yet measured on a GPU.
+    """
+    largest = 32 if itemsize == 4 else 64
+    block_m = min(largest, max(16, triton.next_power_of_2(max_rows * ratio)))
     block_k = max(16, triton.next_power_of_2(head_dim))
-    return LaunchConfig(BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=block_k, num_warps=4)
+    num_warps = 4 if block_m == 16 else 8
+    return LaunchConfig(block_m, 64, block_k, num_warps, num_stages=2 if itemsize == 4 else 3)
 
 
 @torch.library.custom_op("aerie::tree_attention", mutates_args=())
@@ -317,7 +323,7 @@ def _tree_attention_op(
     _, page_size, kv_heads, head_dim = k_cache.shape
     ratio, sequences = q.shape[1] // kv_heads, prefix_lengths.numel()
     out = q.new_zeros(q.shape)  # rows of no sequence are padding and stay zero
-    config = _launch_config(max_rows, ratio, head_dim)
+    config = _launch_config(max_rows, ratio, head_dim, q.element_size())
     if q.shape[0] == 0 or sequences == 0:
         return out
     grid = (triton.cdiv(max_rows * ratio, config.BLOCK_M), kv_heads, sequences)
@@ -345,24 +351,13 @@ def _tree_attention_op(
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return out
 
 
 @_tree_attention_op.register_fake
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    row_starts: Tensor,
-    prefix_lengths: Tensor,
-    page_table: Tensor,
-    ancestors: Tensor | None,
-    max_rows: int,
-    chunk_size: int | None,
-    scale: float,
-) -> Tensor:
+def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 

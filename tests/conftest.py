@@ -18,7 +18,6 @@ import pytest
 def _poisoned_allocations_and_seed():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -155,6 +155,36 @@ def test_rejects(case, read):
     assert value in str(error.value)
 
 
+IGNORED = {
+    "yoco layer 0": ({"yoco_global_kv_layer": 0}, "yoco_global_kv_layer"),
+    "sliding layers": ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    "logit scale": ({"logit_scale": 0.5}, "logit_scale"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    "parallel drafting": ({"parallel_drafting": True}, "parallel_drafting"),
+    "no taps": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
+    "nested flag": ({"eagle_config": {"norm_before_residual": True}}, "norm_before_residual"),
+    "nested variant": ({"eagle_config": {"norm_output": True}}, "norm_output"),
+    "eagle_config text": ({"eagle_config": "x"}, "eagle_config"),
+    "architectures number": ({"architectures": 5}, "architectures"),
+    "architectures objects": ({"architectures": [{}]}, "architectures"),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="found by this test, fix proposed")
+@pytest.mark.parametrize("case", IGNORED)
+def test_rejects_what_would_be_ignored(case, read):
+    changes, key = IGNORED[case]
+    with pytest.raises(CheckpointError, match=f"'{key}'"):
+        read("llama", **changes)
+
+
+@pytest.mark.xfail(strict=True, reason="found by this test, fix proposed")
+@pytest.mark.parametrize("entry", [7, -1])
+def test_rejects_no_rope_entry_that_is_no_flag(entry, read):
+    with pytest.raises(CheckpointError, match=rf"'no_rope_layers'.*{entry}"):
+        read("llama4", no_rope_layers=[entry])
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

@@ -8,6 +8,7 @@ sequences; bad arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.accept import MAX_ROWS, _accept_op, _launch_config, accept, accept_ref
 
 

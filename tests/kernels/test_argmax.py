@@ -7,6 +7,7 @@ bad arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.argmax import _argmax_op, _launch_config, argmax, argmax_ref
 
 SHAPES = [(1, 1), (3, 63), (5, 1000), (2, 4096), (2, 9001), (0, 64)]

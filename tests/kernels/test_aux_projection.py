@@ -7,6 +7,7 @@ arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.aux_projection import (
     MAX_TAPS,
     AuxProjection,
@@ -95,9 +96,10 @@ def test_rejects_bad_arguments(device):
         aux_projection(taps, weight, bias[:8])
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rows", [1, 17, 1000])
-def test_launch_config(rows):
-    config = _launch_config(rows, 5120, 5120)
+def test_launch_config(rows, itemsize):
+    config = _launch_config(rows, itemsize)
     assert 16 <= config.BLOCK_T <= 64
-    assert 16 <= config.BLOCK_F <= 64
-    assert 16 <= config.BLOCK_D <= 64
+    stage = (config.BLOCK_F + config.BLOCK_T) * config.BLOCK_D * itemsize
+    assert config.num_stages * stage <= 100 * 1024

@@ -7,6 +7,7 @@ and wider than a tile, layers with a gap between them, bad arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.cache_commit import (
     _cache_commit_op,
     _launch_config,
@@ -68,7 +69,9 @@ def test_one_negative_side_skips_the_pair(device):
 
 def test_several_sequences(device):
     tables, prefixes, path = ([0, 2, 4], [5, 3, 1]), (1, 6), [0, 2, 3, 5]
-    source = [_slots([n + r for r in path], t, device) for n, t in zip(prefixes, tables, strict=True)]
+    source = [
+        _slots([n + r for r in path], t, device) for n, t in zip(prefixes, tables, strict=True)
+    ]
     target = [_slots(range(n, n + 4), t, device) for n, t in zip(prefixes, tables, strict=True)]
     _check(_caches(device), torch.cat(source), torch.cat(target))
 
@@ -85,9 +88,7 @@ def test_layers_with_a_gap(device):
     source, target = torch.tensor([9, 12], device=device), torch.tensor([8, 9], device=device)
     cache_commit(wide[0, ::2], wide[1, ::2], source, target)
     assert torch.equal(wide[:, 1::2], before[:, 1::2])
-    assert torch.equal(
-        wide.flatten(2, 3)[:, ::2, [8, 9]], before.flatten(2, 3)[:, ::2, [9, 12]]
-    )
+    assert torch.equal(wide.flatten(2, 3)[:, ::2, [8, 9]], before.flatten(2, 3)[:, ::2, [9, 12]])
 
 
 def test_nan_moves_only_with_its_slot(device):

@@ -7,10 +7,18 @@ a stacked cache, NaN in dropped rows, bad arguments.
 
 import pytest
 import torch
+
 from aerie.kernels.kv_append import _kv_append_op, _launch_config, kv_append, kv_append_ref
 
 # T rows, G kv heads, K head dimension, C tokens per page
-CASES = [(1, 1, 1, 1), (5, 2, 32, 16), (7, 3, 24, 1), (17, 1, 100, 4), (3, 8, 160, 2), (0, 2, 16, 4)]
+CASES = [
+    (1, 1, 1, 1),
+    (5, 2, 32, 16),
+    (7, 3, 24, 1),
+    (17, 1, 100, 4),
+    (3, 8, 160, 2),
+    (0, 2, 16, 4),
+]
 
 
 def _inputs(rows, heads, head_dim, page_size, device, dtype=torch.float32):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from aerie.kernels.tree_attention import (
     MAX_TREE_ROWS,
     TreeRows,
@@ -273,8 +274,10 @@ def test_rejects_bad_arguments(device):
 
 @pytest.mark.parametrize("max_rows", [1, 5, 64, 8192])
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
-def test_launch_config(max_rows, head_dim):
-    config = _launch_config(max_rows, 5, head_dim)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_launch_config(max_rows, head_dim, itemsize):
+    config = _launch_config(max_rows, 5, head_dim, itemsize)
     assert 16 <= config.BLOCK_M <= 64
-    assert config.BLOCK_N >= MAX_TREE_ROWS  # the words of a tree fit one tile
     assert head_dim <= config.BLOCK_K <= 128
+    stage = 2 * config.BLOCK_N * config.BLOCK_K * itemsize  # keys and values
+    assert config.num_stages * stage <= 150 * 1024

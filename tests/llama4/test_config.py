@@ -178,6 +178,25 @@ def test_rejects(case):
     assert value in str(error.value)
 
 
+MALFORMED = {
+    "architectures number": ({"architectures": 5}, "architectures", "5"),
+    "architectures objects": ({"architectures": [{}]}, "architectures", "[{}]"),
+    "layer_types objects": ({"layer_types": [{}] * 4}, "layer_types", "{}"),
+    "theta beyond floats": ({"rope_theta": 10**400}, "rope_theta", "1000"),
+    "width beyond integers": ({"hidden_size": 10**30}, "hidden_size", "1000"),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="found by this test, fix proposed")
+@pytest.mark.parametrize("case", MALFORMED)
+def test_rejects_malformed(case):
+    changes, key, value = MALFORMED[case]
+    with pytest.raises(CheckpointError) as error:
+        read(model_type=None, **changes)
+    assert key in str(error.value)
+    assert value in str(error.value)
+
+
 FILES = {
     "missing": (None, "no such file"),
     "empty": (b"", "not valid JSON"),
