@@ -19,16 +19,25 @@ from aerie.llama4.attention_config import (
     read_rope,
     read_temperature,
 )
-from aerie.llama4.json_fields import CheckpointError, flag, integer, integers, number, read_json
+from aerie.llama4.json_fields import (
+    CheckpointError,
+    flag,
+    integer,
+    integers,
+    number,
+    read_json,
+    section,
+    strings,
+)
 
 LLAMA = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 LLAMA4 = ("Llama4ForCausalLM", "Eagle3Llama4ForCausalLM")
-UNSUPPORTED = ("yoco_global_kv_layer", "yoco_local_kv_layer", "moe_layers", "sliding_window")
+NOT_NULL = ("yoco_global_kv_layer", "yoco_local_kv_layer")  # refused even if 0, a layer's number
+UNSUPPORTED = ("moe_layers", "sliding_window", "quantization_config", "parallel_drafting")
 UNSUPPORTED_FLAGS = ("norm_before_fc", "fc_norm", "norm_output")
 TAP_COUNT_KEYS = ("num_aux_hidden_states", "num_aux_layers", "aux_state_multiplier")
-DEFAULT_ROPE_THETA = (
-    10000.0  # what SpecForge's Llama 4 template, which has no key, was trained with
-)
+# what SpecForge's Llama 4 template, which has no such key, was trained with
+DEFAULT_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def draft_no_rope_entry(entries: tuple[int, ...], target_num_layers: int) -> int
 
 
 def _layer_kind(values: Mapping[str, Any]) -> Literal["llama", "llama4"]:
-    architectures = tuple(values.get("architectures") or ())
+    architectures = strings(values, "architectures")
     if set(architectures) & set(LLAMA4) or values.get("model_type") in ("llama4", "llama4_text"):
         return "llama4"
     if set(architectures) & set(LLAMA):
@@ -107,18 +116,22 @@ def _layer_kind(values: Mapping[str, Any]) -> Literal["llama", "llama4"]:
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    for key in UNSUPPORTED:
-        if values.get(key):
-            raise CheckpointError(
-                f"config key {key!r}: not supported in a draft, got {values[key]}"
-            )
-    for key in UNSUPPORTED_FLAGS:
-        if flag(values, key, False):
-            raise CheckpointError(f"config key {key!r}: this draft variant is not supported")
+    """Keys that change the mathematics and are not implemented must not be read over."""
+    refused = [key for key in NOT_NULL if values.get(key) is not None]
+    refused += [key for key in UNSUPPORTED if values.get(key)]
+    nested = section(values, "eagle_config")
+    for part in (values, nested):
+        refused += [key for key in UNSUPPORTED_FLAGS if flag(part, key, False)]
+        refused += [] if flag(part, "use_aux_hidden_state", True) else ["use_aux_hidden_state"]
+    refused += ["norm_before_residual"] if flag(nested, "norm_before_residual", False) else []
+    refused += ["logit_scale"] if number(values, "logit_scale", 1.0) != 1.0 else []
+    refused += ["layer_types"] if set(strings(values, "layer_types")) - {"full_attention"} else []
+    refused += ["hidden_act"] if values.get("hidden_act", "silu") != "silu" else []
+    if refused:
+        shown = {key: values.get(key, nested.get(key)) for key in refused}
+        raise CheckpointError(f"config keys of a draft variant that is not supported: {shown}")
     if integer(values, "num_hidden_layers", 1) != 1:
         raise CheckpointError("config key 'num_hidden_layers': an Eagle3 draft has exactly 1 layer")
-    if values.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"config key 'hidden_act': only 'silu', got {values['hidden_act']!r}")
 
 
 def _attention(
@@ -131,6 +144,8 @@ def _attention(
     check_heads(num_heads, num_kv_heads, head_dim)
     is_llama4 = kind == "llama4"
     entries = integers(values, "no_rope_layers") if is_llama4 else ()
+    if set(entries) - {0, 1}:
+        raise CheckpointError(f"config key 'no_rope_layers': must be 0 or 1, got {entries}")
     uses_rope = bool(draft_no_rope_entry(entries, target_num_layers))
     has_qk_norm = is_llama4 and uses_rope and flag(values, "use_qk_norm", True)
     return AttentionSpec(
@@ -148,7 +163,7 @@ def _attention(
 
 
 def _tap_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
-    nested = values.get("eagle_config") or {}
+    nested = section(values, "eagle_config")
     key = "eagle_aux_hidden_state_layer_ids"
     layers = integers(values, key) or integers(nested, key)
     return layers or None

@@ -129,7 +129,15 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         )
         if len(layers) != self.config.num_taps:
             raise CheckpointError(f"taps: fc reads {self.config.num_taps}, the ids are {layers}")
-        target.set_aux_hidden_state_layers(layers)
+        try:
+            target.set_aux_hidden_state_layers(layers)
+        except ValueError as error:
+            is_default = self.config.aux_hidden_state_layers is None
+            origin = "the target's default" if is_default else "from the draft's config"
+            raise CheckpointError(
+                f"config key 'eagle_aux_hidden_state_layer_ids': {layers}, {origin}, does not fit "
+                f"a target of {target.config.num_hidden_layers} layers ({error})"
+            ) from error
         # The target owns this module: registered here, it would be moved and saved with the draft.
         object.__setattr__(self, "embed_tokens", target.model.embed_tokens)
 

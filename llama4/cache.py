@@ -79,6 +79,7 @@ class PagedKVCache:
         self.page_table_BM = pages_R.view(num_sequences, pages_per_sequence)
         self.lengths = [0] * num_sequences
         self.max_length = max_length
+        self._step_rows = [0] * num_sequences  # what the last step appended
         self._kv_append = pick(backend, kv_append, kv_append_ref)
         self._cache_commit = pick(backend, cache_commit, cache_commit_ref)
 
@@ -106,12 +107,15 @@ class PagedKVCache:
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the rows `path` (ascending, from the root) of the last step; forgets the others."""
-        length = self.lengths[sequence]
+        length, rows = self.lengths[sequence], self._step_rows[sequence]
+        if len(path) and not 0 <= path[0] <= path[-1] < rows:
+            raise ValueError(f"path: must be rows 0..{rows - 1} of the last step, got {list(path)}")
         if list(path) != list(range(len(path))):
             sources_P = self._slots(sequence, length + torch.tensor(list(path)))
             targets_P = self._slots(sequence, length + torch.arange(len(path)))
             self._cache_commit(self.k_LRCGK, self.v_LRCGK, sources_P, targets_P)
         self.lengths[sequence] = length + len(path)
+        self._step_rows[sequence] = 0
 
     def rollback(self, sequence: int, length: int) -> None:
         """Forgets everything from position `length` on."""
@@ -138,6 +142,7 @@ class PagedKVCache:
         ancestors_T: Tensor | None,
     ) -> Step:
         device = self.k_LRCGK.device
+        self._step_rows = list(counts)
         starts = [sum(counts[:sequence]) for sequence in range(len(counts) + 1)]
         rows = TreeRows(
             positions_T=torch.cat(positions).to(device),

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from aerie.llama4.json_fields import CheckpointError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+READABLE = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def load_weights(
 ) -> None:
     """Replaces the (meta) parameters of `module` by the folder's tensors, cast to `dtype`.
 
-    Integer buffers such as a vocabulary map keep their own type; an `optional` tensor that is
+    Integer buffers such as a vocabulary map become int64; an `optional` tensor that is
     absent keeps the module's value. Raises CheckpointError.
     """
     found = read_tensors(folder, renaming)
@@ -77,8 +79,11 @@ def load_weights(
         listed = "\n  ".join(problems)
         raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
     loaded = {name: _cast(found[name], dtype, device) for name in expected}
-    loaded |= {alias: loaded[name] for alias, name in _tied(module).items()}
+    tied = _tied(module)
     module.load_state_dict(loaded, strict=False, assign=True)
+    for alias, name in tied.items():
+        owner, _, leaf = alias.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, module.get_parameter(name))
     module.to(device).eval().requires_grad_(False)
 
 
@@ -127,11 +132,24 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    return missing + extra + wrong
+    kinds = [
+        f"{name}: {found[name].dtype}, expected {_kind(tensor)}"
+        for name, tensor in expected.items()
+        if name in found and not _fits_dtype(found[name], tensor)
+    ]
+    return missing + extra + wrong + kinds
+
+
+def _fits_dtype(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype in (READABLE if expected.is_floating_point() else INTEGERS)
+
+
+def _kind(expected: Tensor) -> str:
+    return "float16, bfloat16 or float32" if expected.is_floating_point() else "int32 or int64"
 
 
 def _is_finite(tensor: Tensor | None) -> bool:
-    return tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return tensor is None or tensor.dtype not in READABLE or bool(tensor.isfinite().all())
 
 
 def _tied(module: nn.Module) -> dict[str, str]:
@@ -147,4 +165,4 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    return tensor.to(device, dtype if tensor.is_floating_point() else torch.int64)

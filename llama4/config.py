@@ -25,6 +25,7 @@ from aerie.llama4.json_fields import (
     integers,
     number,
     read_json,
+    strings,
 )
 
 ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
@@ -132,12 +133,12 @@ class Llama4Config:
 
 
 def _text_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    architectures = values.get("architectures") or []
+    architectures = strings(values, "architectures")
     model_type = values.get("model_type")
     if model_type not in ("llama4", "llama4_text") and not set(architectures) & set(ARCHITECTURES):
         raise CheckpointError(
-            f"config.json: architectures {architectures} (model_type {model_type!r}) is not a "
-            f"Llama 4; supported are {', '.join(ARCHITECTURES)}"
+            f"config.json: architectures {list(architectures)} (model_type {model_type!r}) "
+            f"is not a Llama 4; supported are {', '.join(ARCHITECTURES)}"
         )
     text = values.get("text_config", values)
     if not isinstance(text, dict):
@@ -179,13 +180,13 @@ def _no_rope_layers(values: Mapping[str, Any], num_layers: int) -> tuple[int, ..
 
 
 def _chunked_layers(values: Mapping[str, Any], no_rope: tuple[int, ...]) -> tuple[bool, ...]:
-    kinds = values.get("layer_types")
+    kinds = strings(values, "layer_types")
     if not kinds:
         return tuple(bool(entry) for entry in no_rope)
     known = {"chunked_attention", "full_attention"}
-    if not isinstance(kinds, list) or len(kinds) != len(no_rope) or set(kinds) - known:
+    if len(kinds) != len(no_rope) or set(kinds) - known:
         raise CheckpointError(
-            f"config key 'layer_types': must be {len(no_rope)} of {sorted(known)}, got {kinds!r}"
+            f"config key 'layer_types': must be {len(no_rope)} of {sorted(known)}, got {kinds}"
         )
     return tuple(kind == "chunked_attention" for kind in kinds)
 

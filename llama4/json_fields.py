@@ -5,12 +5,13 @@ A config is data: no value in it makes this package import, run or fetch anythin
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 16 * 2**20
+MAX_INTEGER = 2**31 - 1
 
 
 class CheckpointError(ValueError):
@@ -33,10 +34,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def integer(values: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
-    """The integer under `key`, at least `least`."""
+    """The integer under `key`, at least `least` and of a size that tensors can have."""
     value = _get(values, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise CheckpointError(f"config key {key!r}: must be an integer >= {least}, got {value!r}")
+    if value > MAX_INTEGER:
+        raise CheckpointError(f"config key {key!r}: must be at most {MAX_INTEGER}, got {value!r}")
     return value
 
 
@@ -44,7 +47,7 @@ def number(values: Mapping[str, Any], key: str, default: float | None = None) ->
     """The positive finite number under `key`."""
     value = _get(values, key, default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    if not is_number or not 0 < value < sys.float_info.max:  # false for NaN, too
         raise CheckpointError(f"config key {key!r}: must be a positive number, got {value!r}")
     return float(value)
 
@@ -64,6 +67,23 @@ def integers(values: Mapping[str, Any], key: str) -> tuple[int, ...]:
     if any(isinstance(item, bool) or not isinstance(item, int) for item in items):
         raise CheckpointError(f"config key {key!r}: must be a list of integers, got {value!r}")
     return tuple(items)
+
+
+def strings(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The list of strings under `key`; absent, null and a bare string are read as a list too."""
+    value = values.get(key)
+    items = [] if value is None else value if isinstance(value, list) else [value]
+    if any(not isinstance(item, str) for item in items):
+        raise CheckpointError(f"config key {key!r}: must be a list of strings, got {value!r}")
+    return tuple(items)
+
+
+def section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under `key`, empty if absent or null."""
+    value = values.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"config key {key!r}: must be an object, got {value!r}")
+    return value or {}
 
 
 def _get(values: Mapping[str, Any], key: str, default: Any) -> Any:

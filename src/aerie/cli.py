@@ -136,6 +136,6 @@ def _print_now(text: str) -> None:
 def _exit_code_2_on_bad_input() -> Iterator[None]:
     try:
         yield
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error

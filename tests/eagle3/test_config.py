@@ -170,7 +170,6 @@ IGNORED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="found by this test, fix proposed")
 @pytest.mark.parametrize("case", IGNORED)
 def test_rejects_what_would_be_ignored(case, read):
     changes, key = IGNORED[case]
@@ -178,7 +177,6 @@ def test_rejects_what_would_be_ignored(case, read):
         read("llama", **changes)
 
 
-@pytest.mark.xfail(strict=True, reason="found by this test, fix proposed")
 @pytest.mark.parametrize("entry", [7, -1])
 def test_rejects_no_rope_entry_that_is_no_flag(entry, read):
     with pytest.raises(CheckpointError, match=rf"'no_rope_layers'.*{entry}"):

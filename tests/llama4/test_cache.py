@@ -188,3 +188,10 @@ def test_rejects_wrong_calls(make_cache):
     for length in (1, -1):
         with pytest.raises(ValueError, match=rf"length: must be 0\.\.0, got {length}"):
             cache.rollback(0, length)
+
+
+def test_rejects_a_path_beyond_the_last_step(make_cache):
+    cache = make_cache(8, 4).cache
+    cache.causal_step(3)
+    with pytest.raises(ValueError, match=r"path: must be rows 0\.\.2 of the last step"):
+        cache.commit(0, [0, 1, 3])

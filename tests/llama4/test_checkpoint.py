@@ -201,7 +201,6 @@ def test_rejects_weight_that_is_not_finite(value, tmp_path):
     assert f"{EXPERTS}: not finite" in rejection(write(tmp_path, tensors))
 
 
-@pytest.mark.xfail(strict=True, reason="found by this test, fix proposed")
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.int8, torch.bool])
 def test_rejects_weight_that_is_no_float(dtype, tmp_path):
     tensors = random_tensors()

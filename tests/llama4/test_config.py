@@ -187,7 +187,6 @@ MALFORMED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="found by this test, fix proposed")
 @pytest.mark.parametrize("case", MALFORMED)
 def test_rejects_malformed(case):
     changes, key, value = MALFORMED[case]
