@@ -7,8 +7,9 @@
 Ties go to the lowest draft id. `d2t` holds OFFSETS (EAGLE-3 checkpoints), not ids; without it the
 draft vocabulary is the target's. The kernel streams over tiles of the vocabulary and keeps of each
 only its maximum, its sum of exponentials and its own k best; a second, small kernel merges the
-tiles. Neither [T, U] logits nor a [T, V] row of target logits exists at any time. The head
-tile is the left operand of the product, as in `linear`; sums are float32. A row with a NaN yields NaN log-probabilities beside ids that are merely legal.
+tiles. Neither [T, U] logits nor a [T, V] row of target logits exists at any time. The head tile is
+the left operand of the product, as in `linear`; sums are float32. A row with a NaN yields NaN log-
+probabilities beside ids that are merely legal.
 
 Letters: T rows, D hidden, U draft vocabulary, A the k kept.
 """

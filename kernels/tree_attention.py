@@ -4,12 +4,13 @@
 
 Row t of sequence b sees the committed prefix and, of the new rows of b, its ancestors and itself
 (or every row up to itself, if the step is a chain); with a chunk size (Llama 4's local layers) only
-keys at positions >= floor(position_t / chunk) * chunk. That bound differs between the rows of one tree
-that straddles a chunk edge, as positions follow the depth and not the slot (contract 6.3).
+keys at positions >= floor(position_t / chunk) * chunk. That bound differs between the rows of one
+tree that straddles a chunk edge, as positions follow the depth and not the slot (contract 6.3).
 
 Keys and values of new row j already lie in logical slot prefix_length + j. The query heads that
 share a kv head are packed with the rows into one tile (row t*(H/G) + g), so each key is read once
-per tile. Scores, softmax and the sum are float32.
+per tile. Scores, softmax and the sum are float32; the weights are rounded to the dtype of the
+values they multiply, as in FlashAttention.
 
 Letters: B sequences, T rows, N rows of one sequence, S keys, H query heads, G kv heads, K head
 dimension, R pages in the pool, C tokens per page, M pages per sequence.

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,6 +78,18 @@ def test_prompt_file(tmp_path):
     from_file = json.loads(generate("--prompt-file", str(file), "--json").stdout)
     from_text = json.loads(generate("--prompt", "The with statement", "--json").stdout)
     assert from_file["token_ids"] == from_text["token_ids"]
+
+
+def test_peak_memory():
+    """A fresh process, as a user starts it; peak resident memory as the kernel counted it."""
+    code = (
+        "import resource, sys; from aerie.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "generate", "--prompt", "The with statement", "--json"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(result.stderr.split()[-1]) <= 700 * 1024  # KiB
 
 
 def test_doctor():

@@ -1,8 +1,8 @@
 """Greedy acceptance against its reference and against a recursive statement of the rule.
 
 Regimes: chains accepted fully, partly, not at all; random trees up to 64 rows in ragged batches;
-siblings with one token; a token that is right but below the wrong parent; a NaN row (negative target
-id); the root alone; a sequence without rows; a full path; garbage in rows past the last; no
+siblings with one token; a token that is right but below the wrong parent; a NaN row (negative
+target id); the root alone; a sequence without rows; a full path; garbage in rows past the last; no
 sequences; bad arguments.
 """
 
@@ -46,7 +46,7 @@ def _random_tree(rows):
     return tokens, parents, target_ids
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_trees(seed, device):
     torch.manual_seed(seed)
     trees = [_random_tree(rows) for rows in (1, 2, 7, MAX_ROWS, 33)]

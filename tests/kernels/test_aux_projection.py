@@ -1,7 +1,7 @@
 """Aux projection against its reference.
 
-Regimes: one to eight taps, widths off the tile in all three directions, rows past one tile, with and
-without bias, tap order, strided taps, NaN in one row, no rows, the module's parameters, bad
+Regimes: one to eight taps, widths off the tile in all three directions, rows past one tile, with
+and without bias, tap order, strided taps, NaN in one row, no rows, the module's parameters, bad
 arguments.
 """
 

@@ -79,7 +79,7 @@ def _case(trees, prefixes, device, page_size=4, heads=(2, 1), head_dim=16, chain
 
 
 def _dense(q, k_cache, v_cache, rows, chunk_size, trees):
-    """The rules key by key, in float64; a chain is the tree in which every row hangs on the last."""
+    """The rules key by key, in float64; in a chain every row hangs on the last."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     page_size, ratio = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
     for b, tree in enumerate(trees):
@@ -262,11 +262,11 @@ def test_rejects_bad_arguments(device):
         )
     with pytest.raises(ValueError, match="chunk_size: must be None or at least 1"):
         tree_attention(q, k_cache, v_cache, rows, 0, SCALE)
+    bad = replace(rows, ancestors_T=rows.positions_T[:2])
     with pytest.raises(ValueError, match=r"rows.ancestors_T: must be int64 \[3\]"):
-        bad = replace(rows, ancestors_T=rows.ancestors_T[:2])
         tree_attention(q, k_cache, v_cache, bad, None, SCALE)
+    bad = replace(rows, row_starts_B1=rows.row_starts_B1[:1])
     with pytest.raises(ValueError, match="must fit 1 prefix lengths"):
-        bad = replace(rows, row_starts_B1=rows.row_starts_B1[:1])
         tree_attention(q, k_cache, v_cache, bad, None, SCALE)
     with pytest.raises(ValueError, match=f"at most {MAX_TREE_ROWS} with ancestors, got 65"):
         tree_attention(q, k_cache, v_cache, replace(rows, max_rows=65), None, SCALE)

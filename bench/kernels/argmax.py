@@ -1,0 +1,18 @@
+"""Greedy choice over Llama 4's 202048 logits: every logit is read once."""
+
+import pytest
+import torch
+
+from aerie.kernels.argmax import argmax, argmax_ref
+from bench.timer import Work
+
+VOCABULARY = 202048
+PROVIDERS = {"triton": argmax, "eager": argmax_ref}
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def bench_argmax(provider, rows, measure, device, dtype):
+    logits = torch.randn(rows, VOCABULARY, device=device, dtype=dtype)
+    work = Work(bytes=rows * VOCABULARY * logits.element_size() + 8 * rows)
+    measure(provider, work, PROVIDERS[provider], logits)
