@@ -21,7 +21,8 @@ PROVIDERS = ("transformers", "plain", "speculative")
 
 @pytest.fixture(scope="session")
 def prompt_ids() -> list[int]:
-    return load_tokenizer(TARGET).encode(json.loads(HELDOUT_PROMPTS.read_text())[0]).ids
+    prompts = json.loads(HELDOUT_PROMPTS.read_text())["prompts"]
+    return load_tokenizer(TARGET).encode(prompts[0]["text"]).ids
 
 
 @pytest.fixture(scope="session")

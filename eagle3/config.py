@@ -4,7 +4,8 @@ Two layer kinds share one wiring. `llama`, which every public Llama 4 draft hold
 and full causal attention. `llama4`, the layer of vLLM's "Eagle3 for Llama 4": interleaved RoPE with
 optional QK norm, or NoPE. Neither chunks its attention, whatever the target does.
 
-Tap ids follow the input convention (id i = input of target layer i), see `SupportsEagle3`.
+Tap ids here count inputs (id i = input of target layer i), see `SupportsEagle3`. Explicit ids in a
+raw file name *outputs* (SpecForge's 1, N/2 - 1, N - 4), so they are read one higher.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ from aerie.llama4.json_fields import (
 LLAMA = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 LLAMA4 = ("Llama4ForCausalLM", "Eagle3Llama4ForCausalLM")
 NOT_NULL = ("yoco_global_kv_layer", "yoco_local_kv_layer")  # refused even if 0, a layer's number
-UNSUPPORTED = ("moe_layers", "sliding_window", "quantization_config", "parallel_drafting")
+UNSUPPORTED = ("sliding_window", "quantization_config", "parallel_drafting")
 UNSUPPORTED_FLAGS = ("norm_before_fc", "fc_norm", "norm_output")
 TAP_COUNT_KEYS = ("num_aux_hidden_states", "num_aux_layers", "aux_state_multiplier")
 # what SpecForge's Llama 4 template, which has no such key, was trained with
@@ -99,8 +100,12 @@ def draft_no_rope_entry(entries: tuple[int, ...], target_num_layers: int) -> int
     """
     if not entries:
         return 1
-    is_padded = len(entries) > target_num_layers
-    return entries[target_num_layers] if is_padded else entries[0]
+    if len(entries) not in (1, target_num_layers + 1) or set(entries) - {0, 1}:
+        raise CheckpointError(
+            f"config key 'no_rope_layers': must be one entry of 0 or 1, or {target_num_layers + 1} "
+            f"(padded by the target's layers), got {entries}"
+        )
+    return entries[-1]
 
 
 def _layer_kind(values: Mapping[str, Any]) -> Literal["llama", "llama4"]:
@@ -125,7 +130,7 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
         refused += [] if flag(part, "use_aux_hidden_state", True) else ["use_aux_hidden_state"]
     refused += ["norm_before_residual"] if flag(nested, "norm_before_residual", False) else []
     refused += ["logit_scale"] if number(values, "logit_scale", 1.0) != 1.0 else []
-    refused += ["layer_types"] if set(strings(values, "layer_types")) - {"full_attention"} else []
+    refused += ["layer_types"] if "sliding_attention" in strings(values, "layer_types") else []
     refused += ["hidden_act"] if values.get("hidden_act", "silu") != "silu" else []
     if refused:
         shown = {key: values.get(key, nested.get(key)) for key in refused}
@@ -144,8 +149,6 @@ def _attention(
     check_heads(num_heads, num_kv_heads, head_dim)
     is_llama4 = kind == "llama4"
     entries = integers(values, "no_rope_layers") if is_llama4 else ()
-    if set(entries) - {0, 1}:
-        raise CheckpointError(f"config key 'no_rope_layers': must be 0 or 1, got {entries}")
     uses_rope = bool(draft_no_rope_entry(entries, target_num_layers))
     has_qk_norm = is_llama4 and uses_rope and flag(values, "use_qk_norm", True)
     return AttentionSpec(
@@ -165,8 +168,8 @@ def _attention(
 def _tap_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
     nested = section(values, "eagle_config")
     key = "eagle_aux_hidden_state_layer_ids"
-    layers = integers(values, key) or integers(nested, key)
-    return layers or None
+    outputs = integers(values, key) or integers(nested, key)
+    return tuple(layer + 1 for layer in outputs) or None
 
 
 def _num_taps(values: Mapping[str, Any], taps: tuple[int, ...] | None) -> int:
@@ -174,5 +177,7 @@ def _num_taps(values: Mapping[str, Any], taps: tuple[int, ...] | None) -> int:
     written = [integer(values, key) for key in TAP_COUNT_KEYS if values.get(key) is not None]
     count = written[0] if written else default
     if taps is not None and count != len(taps):
-        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids: {taps} are not {count} layers")
+        raise CheckpointError(
+            f"config key 'eagle_aux_hidden_state_layer_ids': {len(taps)} ids, but fc reads {count}"
+        )
     return count

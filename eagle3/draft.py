@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from aerie.eagle3.checkpoint import RENAME, check_vocabulary_map
+from aerie.eagle3.checkpoint import RENAME, check_vocabulary_map, read_membership
 from aerie.eagle3.config import Eagle3Config
 from aerie.kernels.aux_projection import AuxProjection
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
@@ -117,7 +117,7 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         is_full_vocabulary = config.draft_vocab_size == config.vocab_size
         optional = ("d2t",) if is_full_vocabulary else ()
         load_weights(draft, folder, RENAME, weight.dtype, weight.device, optional)
-        check_vocabulary_map(draft.d2t, config.vocab_size, folder)
+        check_vocabulary_map(draft.d2t, read_membership(folder), config.vocab_size, folder)
         draft.bind(target)
         return draft
 
@@ -176,11 +176,15 @@ class Eagle3Llama4ForCausalLM(nn.Module):
 
 
 def _check_fits(config: Eagle3Config, target: Llama4ForCausalLM) -> None:
-    widths = (config.target_hidden_size, config.hidden_size)
-    if set(widths) != {target.config.hidden_size}:
+    width = target.config.hidden_size
+    if config.target_hidden_size != width:
         raise CheckpointError(
-            f"draft: (target_hidden_size, hidden_size) {widths} must both be the target's "
-            f"{target.config.hidden_size}, whose embedding the draft shares"
+            f"draft: target_hidden_size {config.target_hidden_size} is not the target's {width}"
+        )
+    if config.hidden_size != width:
+        raise CheckpointError(
+            f"draft: hidden_size {config.hidden_size} is not the target's {width}, whose embedding "
+            f"the draft shares; drafts with an embedding of their own are not read"
         )
     if config.vocab_size != target.config.vocab_size:
         raise CheckpointError(

@@ -4,9 +4,9 @@ Greedy, one sequence. The plain loop is the same code with a drafter that propos
 speculation is compared with differs from it in nothing else.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import ChainDrafter, Drafter, NoDrafter
-from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.eagle3.speculation import check_num_speculative_tokens
 from aerie.eagle3.stats import Stats
 from aerie.eagle3.verify import Verified, Verifier
 from aerie.llama4.model import Llama4ForCausalLM
@@ -48,50 +48,56 @@ class Decoding:
     ) -> None:
         """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain."""
         _check_prompt(prompt_ids, max_new_tokens, target)
-        num_drafted = SpeculativeConfig(num_speculative_tokens=num_speculative_tokens)
+        check_num_speculative_tokens(num_speculative_tokens)
         self.context = target.config.max_position_embeddings
         self.device = target.lm_head.weight.device
         self.prompt_ids = list(prompt_ids)
         self.max_new_tokens = max_new_tokens
-        self.num_speculative_tokens = num_drafted.num_speculative_tokens
+        self.num_speculative_tokens = num_speculative_tokens
         eos = target.config.eos_token_ids if eos_token_ids is None else eos_token_ids
         self.eos_token_ids = frozenset(eos)
         needed = len(self.prompt_ids) + max_new_tokens + num_speculative_tokens + 1
         capacity = min(self.context, needed)
         cache = target.allocate_cache(capacity)
         self.verifier = Verifier(target, cache, target.backend)
-        self.drafter = drafter or _drafter(draft, capacity, self.device)
+        self.drafter = drafter or _drafter(draft, target, capacity)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int]]:
-        start = time.perf_counter()
-        with self.stats.timed("prefill"):
+        if self.tokens:
+            raise ValueError("decoding: a Decoding is iterated once; build another one")
+        with self.stats.timed("total"), self.stats.timed("prefill"):
             verified = self._prefill()
-        while True:
-            burst = self._keep(verified.tokens)
-            self.stats.total_ms = 1e3 * (time.perf_counter() - start)
-            yield burst
-            if self.finish_reason is not None:
-                return
-            with self.stats.timed("draft"):
-                draft = self.drafter.propose(self._room())
-            with self.stats.timed("verify"):
-                verified = self.verifier.verify(self._ids(self.tokens[-1:]), draft)
-            self.drafter.observe(verified.aux_hidden_states, self._ids(verified.tokens))
-            self.stats.count_draft(len(draft.tokens_N), len(verified.path) - 1)
+        yield self._keep(verified.tokens)
+        while self.finish_reason is None:
+            with self.stats.timed("total"):
+                verified = self._round(verified)
+            yield self._keep(verified.tokens)
+
+    def _round(self, last: Verified) -> Verified:
+        """Draft from what the last pass committed, verify, book."""
+        with self.stats.timed("draft"):
+            self.drafter.observe(last.aux_hidden_states, self._ids(last.next_ids))
+            draft = self.drafter.propose(self._room())
+        with self.stats.timed("verify"):
+            verified = self.verifier.verify(self._ids(last.tokens[-1:]), draft)
+        self.stats.count_draft(len(draft.tokens_N), len(verified.path) - 1)
+        return verified
 
     def _prefill(self) -> Verified:
-        for start in range(0, len(self.prompt_ids), PREFILL_ROWS):
-            ids = self.prompt_ids[start : start + PREFILL_ROWS]
-            verified = self.verifier.prefill(self._ids(ids))
-            following = self.prompt_ids[start + 1 : start + 1 + len(ids)]
-            is_last = len(following) < len(ids)
-            next_ids = following + verified.tokens if is_last else following
-            self.drafter.observe(verified.aux_hidden_states, self._ids(next_ids))
+        """Commits the prompt in bounded passes; the drafter follows all but the last of them."""
+        parts = [
+            self.prompt_ids[start : start + PREFILL_ROWS]
+            for start in range(0, len(self.prompt_ids), PREFILL_ROWS)
+        ]
+        for part, following in pairwise([*parts, []]):
+            verified = self.verifier.prefill(part, following)
             self.stats.num_target_passes += 1
+            if following:
+                self.drafter.observe(verified.aux_hidden_states, self._ids(verified.next_ids))
         return verified
 
     def _keep(self, tokens: list[int]) -> list[int]:
@@ -138,11 +144,21 @@ def generate(
     return Generation(tokens, decoding.finish_reason, decoding.stats)
 
 
-def _drafter(draft: Eagle3Llama4ForCausalLM | None, capacity: int, device: torch.device) -> Drafter:
-    return NoDrafter(device) if draft is None else ChainDrafter(draft, capacity)
+def _drafter(
+    draft: Eagle3Llama4ForCausalLM | None, target: Llama4ForCausalLM, capacity: int
+) -> Drafter:
+    if draft is None:
+        return NoDrafter(target.lm_head.weight.device)
+    if draft.embed_tokens is not target.model.embed_tokens:
+        raise ValueError("draft: was loaded for another target; load it with this one")
+    draft.bind(target)  # another draft may have set its own taps since
+    return ChainDrafter(draft, capacity)
 
 
-def _check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, target: Llama4ForCausalLM):
+def _check_prompt(
+    prompt_ids: Sequence[int], max_new_tokens: int, target: Llama4ForCausalLM
+) -> None:
+    """Raises ValueError for what `target` cannot continue by `max_new_tokens`."""
     context, vocab_size = target.config.max_position_embeddings, target.config.vocab_size
     if not 1 <= len(prompt_ids) < context:
         raise ValueError(

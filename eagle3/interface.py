@@ -1,4 +1,4 @@
-"""What EAGLE-3 asks of a target model; the loop and the draft know nothing else about it."""
+"""What EAGLE-3 asks of a target model: taps, and a pass over the rows of a step."""
 
 from typing import Protocol, runtime_checkable
 

@@ -21,12 +21,10 @@ class SpeculativeConfig:
             raise ValueError(f"method: supported is 'eagle3', got {self.method!r}")
         if self.model is not None and not isinstance(self.model, str):
             raise ValueError(f"model: must be a folder or a hub id, got {self.model!r}")
-        k = self.num_speculative_tokens
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
-            raise ValueError(
-                f"num_speculative_tokens: must be an integer 1..{MAX_SPECULATIVE_TOKENS}, got {k!r}"
-            )
-        if self.draft_tensor_parallel_size != 1:
+        if self.model == "":
+            raise ValueError("model: must be a folder or a hub id, got ''")
+        check_num_speculative_tokens(self.num_speculative_tokens)
+        if self.draft_tensor_parallel_size != 1 or self.draft_tensor_parallel_size is True:
             raise ValueError(
                 "draft_tensor_parallel_size: must be 1 (the target's size), "
                 f"got {self.draft_tensor_parallel_size!r}"
@@ -58,3 +56,11 @@ class SpeculativeConfig:
                 f"speculative config: unknown keys {unknown}; known are {', '.join(known)}"
             )
         return cls(**values)
+
+
+def check_num_speculative_tokens(k: object) -> None:
+    """Raises ValueError unless `k` is an integer within 1..MAX_SPECULATIVE_TOKENS."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
+        raise ValueError(
+            f"num_speculative_tokens: must be an integer 1..{MAX_SPECULATIVE_TOKENS}, got {k!r}"
+        )

@@ -13,15 +13,17 @@ class Stats:
 
     A *draft* is one round that proposed tokens; acceptance is counted as verified, before an end
     token or a length limit cuts the run. Times are host clock: on a GPU, work launched
-    asynchronously counts where the host waits for it, which is in verification.
+    asynchronously counts where the host waits for it, which is in verification. What the caller
+    does between two bursts is in none of them.
     """
 
     num_tokens: int = 0
     num_target_passes: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
-    accepted_at: list[int] = field(default_factory=list)  # drafts whose position i was accepted
     drafted_at: list[int] = field(default_factory=list)  # drafts that had a position i
+    reached_at: list[int] = field(default_factory=list)  # ... and all positions before i accepted
+    accepted_at: list[int] = field(default_factory=list)  # ... and position i too
     prefill_ms: float = 0.0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
@@ -34,15 +36,15 @@ class Stats:
             return
         self.num_drafts += 1
         self.num_draft_tokens += num_drafted
-        missing = num_drafted - len(self.drafted_at)
-        self.drafted_at += [0] * missing
-        self.accepted_at += [0] * missing
+        for counts in (self.drafted_at, self.reached_at, self.accepted_at):
+            counts += [0] * (num_drafted - len(counts))
         for position in range(num_drafted):
             self.drafted_at[position] += 1
+            self.reached_at[position] += position <= num_accepted
             self.accepted_at[position] += position < num_accepted
 
     @contextmanager
-    def timed(self, part: Literal["prefill", "draft", "verify"]) -> Iterator[None]:
+    def timed(self, part: Literal["prefill", "draft", "verify", "total"]) -> Iterator[None]:
         """Adds the block's duration to `part`."""
         start = time.perf_counter()
         yield
@@ -68,8 +70,8 @@ class Stats:
     @property
     def conditional_acceptance_per_position(self) -> list[float]:
         """Share of the drafts accepted up to position i - 1 that were accepted at i too."""
-        before = [self.num_drafts, *self.accepted_at]
-        return [a / n if n else 0.0 for a, n in zip(self.accepted_at, before, strict=False)]
+        pairs = zip(self.accepted_at, self.reached_at, strict=True)
+        return [accepted / reached if reached else 0.0 for accepted, reached in pairs]
 
     @property
     def other_ms(self) -> float:

@@ -20,10 +20,15 @@ from aerie.llama4.cache import PagedKVCache
 
 @dataclass(frozen=True)
 class Verified:
-    """`path`: accepted rows from the root on; `tokens`: what follows the root, bonus token last."""
+    """`path`: committed rows; `tokens`: the new ones, the target's own (bonus) token last.
+
+    `next_ids` holds, for every committed row, the token of the position after it, and
+    `aux_hidden_states` the row's taps: what the draft is rebuilt from.
+    """
 
     path: list[int]
     tokens: list[int]
+    next_ids: list[int]
     aux_hidden_states: tuple[Tensor, ...]
 
 
@@ -38,16 +43,16 @@ class Verifier:
         self._argmax = pick(backend, argmax, argmax_ref)
         self._accept = pick(backend, accept, accept_ref)
 
-    def prefill(self, ids_T: Tensor) -> Verified:
-        """Commits known tokens; the only new token is the target's next one."""
-        step = self.cache.causal_step(len(ids_T))
-        last_row = torch.tensor([len(ids_T) - 1], device=ids_T.device)
-        output = self.target(ids_T, step, last_row)
-        path = list(range(len(ids_T)))
+    def prefill(self, ids: Sequence[int], following: Sequence[int] = ()) -> Verified:
+        """Commits known tokens; `following` starts with the next known one, if there is one."""
+        step = self.cache.causal_step(len(ids))
+        last_row = torch.tensor([len(ids) - 1], device=step.slots_T.device)
+        output = self.target(torch.tensor(ids, device=step.slots_T.device), step, last_row)
+        path = list(range(len(ids)))
         self.cache.commit(0, path)
-        return Verified(
-            path, self._finite(self._argmax(output.logits_TV).tolist()), output.aux_hidden_states
-        )
+        tokens = self._finite(self._argmax(output.logits_TV).tolist())
+        next_ids = [*ids[1:], *(following[:1] or tokens)]
+        return Verified(path, tokens, next_ids, output.aux_hidden_states)
 
     def verify(self, root_T: Tensor, draft: DraftTree) -> Verified:
         """Commits the root and the accepted nodes behind it."""
@@ -67,7 +72,8 @@ class Verifier:
         self.cache.commit(0, path)
         drafted = read[-len(tokens_T) :]
         tokens = [drafted[row] for row in path[1:]] + read[:1]
-        return Verified(path, self._finite(tokens), self._rows(output.aux_hidden_states, path))
+        aux = self._rows(output.aux_hidden_states, path)
+        return Verified(path, self._finite(tokens), tokens, aux)
 
     def _finite(self, tokens: list[int]) -> list[int]:
         """argmax marks a row that holds NaN by a negative id."""

@@ -17,7 +17,7 @@ Op = TypeVar("Op", bound=Callable)
 
 NO_GPU = (
     "backend='triton' needs a GPU, and {device} is none: pass backend='eager' to run the PyTorch "
-    "references, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU."
+    "references, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels."
 )
 
 
@@ -47,13 +47,17 @@ def pick(backend: ResolvedBackend, op: Op, ref: Op) -> Op:
 
 
 def check_launchable(x: torch.Tensor) -> None:
-    """Raises ValueError where a Triton launch on `x` would die inside the driver or hit another GPU."""
+    """Raises ValueError where a launch on `x` would fail inside the driver or compute garbage."""
     if INTERPRETED:
+        if x.dtype == torch.bfloat16:
+            raise ValueError(
+                "dtype: Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
+            )
         return
     if not x.is_cuda:
         raise ValueError(NO_GPU.format(device=f"a tensor on device '{x.device}'"))
     if x.device.index != torch.cuda.current_device():
         raise ValueError(
             f"device: tensors are on {x.device}, the current device is "
-            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device({x.device.index}) first"
+            f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device({x.device.index})"
         )

@@ -1,11 +1,11 @@
 """RMSNorm over the last dimension, alone or fused with the residual add in front of it.
 
     s = x + residual                                     (rounded to the input dtype)
-    y = weight * round(s / sqrt(mean(s^2) + eps))        Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4
+    y = weight * round(s / sqrt(mean(s^2) + eps))        Zhang & Sennrich, arXiv 1910.07467, eq. 4
 
 As in Hugging Face's Llama 4 the statistics and the division are float32, the normalised value is
-rounded to the input dtype, and only then multiplied by the weight. The fused form also returns `s`:
-at the input of layer I it is the un-normed residual stream, which is EAGLE-3's tap of that layer.
+rounded to the input dtype, and only then multiplied by the weight. The fused form also returns
+`s`: at the input of layer I it is the un-normed residual stream, EAGLE-3's tap of that layer.
 
 Letters: T rows, D width.
 """
@@ -141,7 +141,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm of every row of `x_TD` ([T, D], last dimension contiguous); returns [T, D], same dtype.
+    """RMSNorm of every row of `x_TD` ([T, D], last dimension contiguous); same shape and dtype.
 
     Raises ValueError on a shape, dtype or layout the kernel would read wrongly.
     """
@@ -149,9 +149,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _rms_norm_op(x_TD, weight_D, eps)
 
 
-def add_rms_norm(
-    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
-) -> NormedResidual:
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> NormedResidual:
     """`rms_norm(x_TD + residual_TD)` and the sum itself, in one pass. Errors as `rms_norm`."""
     _check(x_TD, weight_D)
     if residual_TD.shape != x_TD.shape or residual_TD.dtype != x_TD.dtype:

@@ -27,6 +27,7 @@ from torch import Tensor
 from aerie.kernels.backend import check_launchable
 
 MAX_TREE_ROWS = 64  # bits of an ancestor word
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the Triton kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,9 +396,10 @@ def tree_attention(
 
 
 def _check_cache(q_THK: Tensor, k_cache_RCGK: Tensor, v_cache_RCGK: Tensor) -> None:
-    if q_THK.ndim != 3 or q_THK.stride(-1) != 1 or not 16 <= q_THK.shape[2] <= 128:
+    in_range = MIN_HEAD_DIM <= q_THK.shape[-1] <= MAX_HEAD_DIM
+    if q_THK.ndim != 3 or q_THK.stride(-1) != 1 or not in_range:
         raise ValueError(
-            f"q_THK: must be [T, H, K] with a contiguous K of 16 to 128, "
+            f"q_THK: must be [T, H, K] with a contiguous K of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, "
             f"got shape {tuple(q_THK.shape)} strides {q_THK.stride()}"
         )
     for name, cache in (("k_cache_RCGK", k_cache_RCGK), ("v_cache_RCGK", v_cache_RCGK)):

@@ -11,7 +11,12 @@ from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.linear import Linear
 from aerie.kernels.rope import rope, rope_ref
 from aerie.kernels.rotation import Rotation
-from aerie.kernels.tree_attention import tree_attention, tree_attention_ref
+from aerie.kernels.tree_attention import (
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+    tree_attention,
+    tree_attention_ref,
+)
 from aerie.llama4.attention_config import AttentionSpec
 from aerie.llama4.cache import Step
 
@@ -21,6 +26,11 @@ class Attention(nn.Module):
 
     def __init__(self, spec: AttentionSpec, layer: int, backend: ResolvedBackend) -> None:
         super().__init__()
+        if backend == "triton" and not MIN_HEAD_DIM <= spec.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"head_dim: the Triton kernels take {MIN_HEAD_DIM}..{MAX_HEAD_DIM}, got "
+                f"{spec.head_dim}; use backend='eager'"
+            )
         query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.spec = spec
         self.layer = layer

@@ -58,6 +58,8 @@ def read_rope(values: Mapping[str, Any], default_theta: float) -> RopeConfig:
     if not isinstance(nested, dict):
         raise CheckpointError(f"config key 'rope_parameters': must be an object, got {nested!r}")
     theta = number(nested if "rope_theta" in nested else values, "rope_theta", default_theta)
+    if nested and not nested.keys() & {"rope_theta", "rope_type", "type"}:
+        raise CheckpointError(f"config key 'rope_parameters': one flat section, got {nested}")
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta, None)
@@ -65,15 +67,18 @@ def read_rope(values: Mapping[str, Any], default_theta: float) -> RopeConfig:
         raise CheckpointError(
             f"config key 'rope_type': supported are 'default', 'llama3'; got {kind!r}"
         )
-    return RopeConfig(
-        theta,
-        Llama3Scaling(
-            factor=number(nested, "factor"),
-            low_freq_factor=number(nested, "low_freq_factor"),
-            high_freq_factor=number(nested, "high_freq_factor"),
-            original_max_position_embeddings=integer(nested, "original_max_position_embeddings"),
-        ),
+    scaling = Llama3Scaling(
+        factor=number(nested, "factor"),
+        low_freq_factor=number(nested, "low_freq_factor"),
+        high_freq_factor=number(nested, "high_freq_factor"),
+        original_max_position_embeddings=integer(nested, "original_max_position_embeddings"),
     )
+    if scaling.low_freq_factor > scaling.high_freq_factor:
+        raise CheckpointError(
+            f"config key 'low_freq_factor': {scaling.low_freq_factor} must not exceed "
+            f"high_freq_factor {scaling.high_freq_factor}"
+        )
+    return RopeConfig(theta, scaling)
 
 
 def read_temperature(values: Mapping[str, Any]) -> Temperature | None:

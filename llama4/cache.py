@@ -73,8 +73,13 @@ class PagedKVCache:
         pages_per_sequence = -(-max_length // page_size)
         num_pages = num_sequences * pages_per_sequence
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        self.k_LRCGK = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_LRCGK = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            self.k_LRCGK = torch.zeros(shape, dtype=dtype, device=device)
+            self.v_LRCGK = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # both allocators raise it when memory is short
+            raise ValueError(
+                f"max_length: a cache of {shape} x 2 does not fit ({error})"
+            ) from error
         pages_R = torch.arange(num_pages, dtype=torch.int32, device=device)
         self.page_table_BM = pages_R.view(num_sequences, pages_per_sequence)
         self.lengths = [0] * num_sequences
@@ -108,8 +113,10 @@ class PagedKVCache:
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the rows `path` (ascending, from the root) of the last step; forgets the others."""
         length, rows = self.lengths[sequence], self._step_rows[sequence]
-        if len(path) and not 0 <= path[0] <= path[-1] < rows:
-            raise ValueError(f"path: must be rows 0..{rows - 1} of the last step, got {list(path)}")
+        if list(path) != sorted(set(path)) or not set(path) <= set(range(rows)):
+            raise ValueError(
+                f"path: must be ascending rows 0..{rows - 1} of the last step, got {list(path)}"
+            )
         if list(path) != list(range(len(path))):
             sources_P = self._slots(sequence, length + torch.tensor(list(path)))
             targets_P = self._slots(sequence, length + torch.arange(len(path)))

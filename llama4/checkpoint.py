@@ -5,7 +5,7 @@ fluent nonsense. So nothing is skipped, guessed or filled in, and all that is wr
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from aerie.llama4.json_fields import CheckpointError, read_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
+MAX_LISTED = 1000  # problems in one message
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,22 @@ def resolve_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise CheckpointError(f"{path}: is a file; give the folder that holds config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise CheckpointError(f"{path}: no such folder, nor a hub id of the form owner/name")
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub client raises many unrelated types
         raise CheckpointError(
-            f"{path}: no such folder, and fetching it from the hub failed ({error})"
+            f"{path}: no such folder, and fetching it as a hub id failed ({error})"
         ) from error
 
 
 def load_weights(
     module: nn.Module,
     folder: Path,
-    renaming: Renaming,
+    renaming: Callable[[str], str | None],
     dtype: torch.dtype,
     device: torch.device | str,
     optional: tuple[str, ...] = (),
@@ -74,11 +77,12 @@ def load_weights(
     expected = dict(module.named_parameters()) | _persistent_buffers(module)
     expected = {k: v for k, v in expected.items() if k in found or k not in optional}
     problems = _differences(expected, found)
-    problems += [f"{name}: not finite" for name in expected if not _is_finite(found.get(name))]
+    fitting = [k for k, v in expected.items() if k in found and _fits_dtype(found[k], v)]
+    loaded = {name: _cast(found[name], dtype, device) for name in fitting}
+    problems += [f"{k}: not finite in {v.dtype}" for k, v in loaded.items() if not _is_finite(v)]
     if problems:
-        listed = "\n  ".join(problems)
+        listed = "\n  ".join(problems[:MAX_LISTED])
         raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
-    loaded = {name: _cast(found[name], dtype, device) for name in expected}
     tied = _tied(module)
     module.load_state_dict(loaded, strict=False, assign=True)
     for alias, name in tied.items():
@@ -87,41 +91,57 @@ def load_weights(
     module.to(device).eval().requires_grad_(False)
 
 
-def read_tensors(folder: Path, renaming: Renaming) -> dict[str, Tensor]:
+def read_tensors(folder: Path, renaming: Callable[[str], str | None]) -> dict[str, Tensor]:
     """All tensors of the folder under their parameter names, memory-mapped."""
     tensors: dict[str, Tensor] = {}
-    for file in _shards(folder):
+    index = _index(folder)
+    for file in sorted(set(index.values())) if index else [folder / SINGLE]:
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    _add(tensors, renaming(name), shard.get_tensor(name), file)
+                names = shard.keys()
+                _check_index(index, file, set(names))
+                for name in names:
+                    renamed = renaming(name)
+                    if renamed in tensors:
+                        raise CheckpointError(f"{file}: tensor {renamed} appears twice")
+                    if renamed is not None:
+                        tensors[renamed] = shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+            hint = "; it is a Git-LFS pointer, run git lfs pull" if _is_lfs_pointer(file) else ""
+            raise CheckpointError(
+                f"{file}: not a readable safetensors file ({error}){hint}"
+            ) from error
     return tensors
 
 
-def _add(tensors: dict[str, Tensor], name: str | None, tensor: Tensor, file: Path) -> None:
-    if name in tensors:
-        raise CheckpointError(f"{file}: tensor {name} appears twice in the checkpoint")
-    if name is not None:
-        tensors[name] = tensor
-
-
-def _shards(folder: Path) -> list[Path]:
+def _index(folder: Path) -> dict[str, Path]:
+    """Shard file of every tensor name; empty for a checkpoint in a single file."""
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return {}
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: 'weight_map' must be a non-empty object")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
+    for name in set(map(str, weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{folder / INDEX}: {name!r} is not a plain safetensors file name"
             )
-    return [folder / name for name in names]
+    return {tensor: folder / str(name) for tensor, name in weight_map.items()}
+
+
+def _check_index(index: Mapping[str, Path], file: Path, names: set[str]) -> None:
+    """An index and the headers of its shards must name the same tensors."""
+    listed = {name for name, shard in index.items() if shard == file}
+    if index and listed != names:
+        raise CheckpointError(
+            f"{file}: the index and the shard disagree about {sorted(listed ^ names)[:5]}"
+        )
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    return file.is_file() and file.open("rb").read(24) == b"version https://git-lfs."
 
 
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -148,8 +168,8 @@ def _kind(expected: Tensor) -> str:
     return "float16, bfloat16 or float32" if expected.is_floating_point() else "int32 or int64"
 
 
-def _is_finite(tensor: Tensor | None) -> bool:
-    return tensor is None or tensor.dtype not in READABLE or bool(tensor.isfinite().all())
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _tied(module: nn.Module) -> dict[str, str]:

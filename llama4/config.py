@@ -6,7 +6,7 @@ In `no_rope_layers` a 1 means RoPE and a 0 means none (NoPE); NoPE layers attend
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,9 @@ class Llama4Config:
         if not generation.is_file():
             return config
         end_tokens = integers(read_json(generation), "eos_token_id")
-        fields = {**config.__dict__, "eos_token_ids": end_tokens or config.eos_token_ids}
-        return cls(**fields)
+        config = replace(config, eos_token_ids=end_tokens or config.eos_token_ids)
+        config._check()
+        return config
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> "Llama4Config":
@@ -97,7 +98,7 @@ class Llama4Config:
             use_qk_norm=flag(values, "use_qk_norm", True),
             temperature=read_temperature(values),
             rope=read_rope(values, default_theta=500000.0),
-            max_position_embeddings=integer(values, "max_position_embeddings"),
+            max_position_embeddings=integer(values, "max_position_embeddings", least=2),
             rms_norm_eps=number(values, "rms_norm_eps", 1e-5),
             attention_bias=flag(values, "attention_bias", False),
             tie_word_embeddings=flag(values, "tie_word_embeddings", False),
@@ -129,6 +130,11 @@ class Llama4Config:
             raise CheckpointError(
                 f"config key 'num_experts_per_tok': {self.num_experts_per_tok} is more than "
                 f"num_local_experts {self.num_local_experts}"
+            )
+        outside = [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]
+        if outside:
+            raise CheckpointError(
+                f"eos_token_id: {outside} outside the vocabulary 0..{self.vocab_size - 1}"
             )
 
 

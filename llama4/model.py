@@ -140,7 +140,8 @@ class Llama4ForCausalLM(nn.Module):
         stream = LayerOutput(model.embed_tokens(input_ids_T), None)
         for index, layer in enumerate(model.layers):
             entry = layer.input_layernorm.add(stream.delta_TD, stream.residual_TD)
-            aux[index] = entry.residual_TD
+            if index in self._aux_layers:
+                aux[index] = entry.residual_TD
             stream = layer(entry, turns, step)
         last = model.norm.add(stream.delta_TD, stream.residual_TD)
         aux[len(model.layers)] = last.residual_TD

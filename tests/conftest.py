@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU every kernel runs in Triton's interpreter, so the whole suite does.
+"""Shared fixtures. Without a GPU every kernel runs in Triton's interpreter, so all tests do.
 
 Outputs that the package allocates are filled with NaN (integers with their largest value) while
 tests run, so that an element no kernel wrote cannot pass by luck.
@@ -38,7 +38,7 @@ def dtypes(device) -> tuple[torch.dtype, ...]:
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """`assert_close(actual, expected, tolerance)`: |actual - expected| <= tolerance * max|expected|.
+    """`assert_close(actual, expected, t)`: |actual - expected| <= t * max|expected|.
 
     A failure prints the worst coordinate with both values, and the maximal and RMS error.
     """

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from aerie.cli import app
-from aerie.embedded import DRAFT, TARGET
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+
+from aerie.cli import app
+from aerie.embedded import DRAFT, TARGET
 
 STATS = {
     "num_tokens",
@@ -40,7 +41,7 @@ def test_json_is_one_object_on_stdout():
     printed = json.loads(result.stdout)
     assert printed["identical"] is True
     assert len(printed["token_ids"]) == printed["stats"]["num_tokens"] == 12
-    assert STATS <= set(printed["stats"])
+    assert set(printed["stats"]) >= STATS
     assert printed["stats"]["num_drafts"] > 0
 
 

@@ -1,7 +1,7 @@
 """The shipped pair: what it is, and that its draft is alive.
 
-A broken draft stays lossless, so only a floor under the acceptance shows it. The floors lie a little
-under what was measured when the pair was trained (assets/NOTICE.md); float32 greedy decoding is
+A broken draft stays lossless, so only a floor under the acceptance shows it. The floors lie under
+what was measured when the pair was trained (assets/NOTICE.md); float32 greedy decoding is
 deterministic, so they leave room for another torch's rounding, not for luck.
 """
 
@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import generate
 from aerie.embedded import ASSETS, DRAFT, HELDOUT_PROMPTS, TARGET
@@ -48,7 +49,8 @@ def acceptance_length(target, draft, prompts: list[list[int]]) -> float:
 
 
 def heldout(tokenizer) -> list[list[int]]:
-    return [tokenizer.encode(text).ids for text in json.loads(HELDOUT_PROMPTS.read_text())]
+    prompts = json.loads(HELDOUT_PROMPTS.read_text())["prompts"]
+    return [tokenizer.encode(prompt["text"]).ids for prompt in prompts]
 
 
 def test_acceptance_on_heldout_prompts(target, draft, tokenizer):

@@ -64,7 +64,7 @@ def random_draft(seed: int, target: Llama4ForCausalLM) -> Eagle3Llama4ForCausalL
         "num_attention_heads": 5,
         "num_key_value_heads": 1,
         "head_dim": 16,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 4]},
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]},
     }
     draft_config = Eagle3Config.from_hf(config, target.config.num_hidden_layers)
     draft = Eagle3Llama4ForCausalLM(draft_config, target.backend)
@@ -85,7 +85,7 @@ class ScriptedDrafter:
     known: int = 0
 
     def observe(self, aux_hidden_states, next_ids_T) -> None:
-        # the prompt's ids are observed first; only its last one is a generated token
+        # of the prompt's rows only the last one is followed by a generated token
         self.known += len(next_ids_T) if self.known else 1
 
     def propose(self, num_tokens: int) -> DraftTree:

@@ -4,6 +4,7 @@ Text and tables go to stdout, everything else to stderr; `--json` prints one obj
 nothing else there. Exit codes: 0 fine, 1 `--check` found different ids, 2 bad input.
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ class DtypeName(StrEnum):
 
 def main() -> None:
     """Console entry point."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     app()
 
 
@@ -117,12 +120,16 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     text = prompt if prompt_file is None else _read(prompt_file)
     if not text:
         raise ValueError("the prompt is empty; give at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--prompt: is not valid Unicode text ({error})") from error
     return text
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt-file: cannot read {file} ({error})") from error
 
@@ -136,6 +143,8 @@ def _print_now(text: str) -> None:
 def _exit_code_2_on_bad_input() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except BrokenPipeError:  # the reader of stdout went away; click ends quietly
+        raise
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error

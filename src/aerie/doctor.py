@@ -43,7 +43,7 @@ def _reason(device: str) -> str:
 
 def _triton_state(device: str) -> str:
     if INTERPRETED:
-        return "interpreted (TRITON_INTERPRET is set): right, and hundreds of times slower"
+        return "interpreted (TRITON_INTERPRET is set): slow, float32 and float16 only"
     if device == "cuda":
         return "compiled for the GPU"
     return "not available: no GPU; set TRITON_INTERPRET=1 to interpret the kernels on the CPU"

@@ -48,16 +48,19 @@ class Request:
         check: bool,
     ) -> "Request":
         """Resolves defaults. Raises ValueError naming what is wrong."""
-        if no_draft and (draft or speculative_config):
+        if no_draft and (draft is not None or speculative_config is not None):
             raise ValueError("--no-draft contradicts --draft and --speculative-config")
-        speculation = SpeculativeConfig.from_json(speculative_config or "{}")
+        text = "{}" if speculative_config is None else speculative_config
+        speculation = SpeculativeConfig.from_json(text)
         if draft and speculation.model:
             raise ValueError("--draft and the speculative config's 'model' name two drafts")
         default_draft = embedded.DRAFT if model is None else None
         chosen_draft = draft or speculation.model or default_draft
+        if speculative_config is not None and chosen_draft is None:
+            raise ValueError("--speculative-config: no draft; give --draft or its key 'model'")
         resolved_device = _device(device)
         return cls(
-            model=model or embedded.TARGET,
+            model=embedded.TARGET if model is None else model,
             draft=None if no_draft else chosen_draft,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
@@ -96,11 +99,13 @@ class Outcome:
 
 def load(request: Request) -> Loaded:
     """Reads target, draft and tokenizer. Raises CheckpointError."""
+    if request.device.type == "cuda":
+        torch.cuda.set_device(request.device)  # where Triton launches
     folder = resolve_folder(request.model)
-    tokenizer = load_tokenizer(folder)
     target = Llama4ForCausalLM.from_pretrained(
         folder, request.dtype, request.device, request.backend
     )
+    tokenizer = load_tokenizer(folder)
     if request.draft is None:
         return Loaded(target, None, tokenizer)
     draft = Eagle3Llama4ForCausalLM.from_pretrained(request.draft, target)
@@ -122,6 +127,8 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         text = stream.add(burst)
         if on_text is not None and text:
             on_text(text)
+    if on_text is not None:
+        on_text(stream.flush())
     assert decoding.finish_reason is not None
     plain = generate(loaded.target, prompt_ids, request.max_new_tokens) if request.check else None
     return Outcome(

@@ -38,6 +38,10 @@ class TextStream:
         new, self._printed = text[self._printed :], len(text)
         return new
 
+    def flush(self) -> str:
+        """What was held back, once no more tokens come."""
+        return self.text[self._printed :]
+
     @property
     def text(self) -> str:
         return self.tokenizer.decode(self.tokens)

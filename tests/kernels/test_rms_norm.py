@@ -6,6 +6,7 @@ wider tensor), large and tiny values (float32 statistics), the fused residual su
 
 import pytest
 import torch
+
 from aerie.kernels.rms_norm import (
     MAX_WIDTH,
     RMSNorm,
@@ -77,7 +78,9 @@ def test_module_uses_the_weight(device, assert_close):
 def test_opcheck(device):
     x, weight = torch.randn(3, 48, device=device), torch.randn(48, device=device)
     torch.library.opcheck(_rms_norm_op, (x, weight, EPS))
-    torch.library.opcheck(_rms_norm_op, (torch.randn(3, 96, device=device)[:, ::2][:, :48].contiguous(), weight, EPS))
+    torch.library.opcheck(
+        _rms_norm_op, (torch.randn(3, 96, device=device)[:, ::2][:, :48].contiguous(), weight, EPS)
+    )
     torch.library.opcheck(_add_rms_norm_op, (x, x.clone(), weight, EPS))
 
 

@@ -181,7 +181,7 @@ def test_padding_rows_are_zero(device):
 
 
 def test_nan_reaches_only_descendants(device):
-    """Row 1 holds NaN as query, key and value; rows 2 and 4 hang on the root alone."""
+    """Row 1 holds NaN as query and key; rows 2 and 4 hang on the root alone."""
     tree = [-1, 0, 0, 1, 2]
     q, k_cache, v_cache, rows = _case([tree], [6], device)
     clean = tree_attention(q, k_cache, v_cache, rows, None, SCALE)
@@ -191,6 +191,16 @@ def test_nan_reaches_only_descendants(device):
     poisoned = tree_attention(q, k_cache, v_cache, rows, None, SCALE)
     assert torch.equal(poisoned[[0, 2, 4]], clean[[0, 2, 4]])
     assert poisoned[[1, 3]].isnan().all()
+
+
+def test_nan_value_is_not_read_by_a_tile_that_never_sees_it(device):
+    """Row 39, a leaf below row 38, holds NaN as value; the first rows fill other tiles."""
+    q, k_cache, v_cache, rows = _case([_chain(40)], [6], device)
+    clean = tree_attention(q, k_cache, v_cache, rows, None, SCALE)
+    v_cache[int(rows.page_table_BM[0, 45 // 4]), 45 % 4] = torch.nan
+    poisoned = tree_attention(q, k_cache, v_cache, rows, None, SCALE)
+    assert torch.equal(poisoned[:32], clean[:32])
+    assert poisoned[39].isnan().all()
 
 
 def test_nan_values_below_the_chunk_do_not_leak(device):

@@ -193,5 +193,5 @@ def test_rejects_wrong_calls(make_cache):
 def test_rejects_a_path_beyond_the_last_step(make_cache):
     cache = make_cache(8, 4).cache
     cache.causal_step(3)
-    with pytest.raises(ValueError, match=r"path: must be rows 0\.\.2 of the last step"):
+    with pytest.raises(ValueError, match=r"path: must be ascending rows 0\.\.2 of the last"):
         cache.commit(0, [0, 1, 3])
