@@ -28,7 +28,7 @@ wheel: .venv/test
 clean:
 	rm -rf .venv build dist
 
-# constraints.txt holds the tested versions; torch is named so that no CUDA build is fetched
+# constraints.txt holds the tested versions; torch goes first, so that nothing else chooses its build
 .venv/runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch

@@ -110,7 +110,7 @@ def _draft_vocab_kernel(
 
 
 @triton.jit
-def _merge_kernel(
+def _draft_vocab_merge_kernel(
     sums_ptr,  # [T, tiles, 2]
     best_ptr,  # [T, tiles, A]
     best_id_ptr,  # [T, tiles, A]
@@ -221,7 +221,7 @@ def _draft_vocab_op(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    _merge_kernel[(rows,)](
+    _draft_vocab_merge_kernel[(rows,)](
         sums,
         best,
         best_id,

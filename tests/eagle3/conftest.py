@@ -183,5 +183,5 @@ def load_draft(tmp_path, make_target):
 
 @pytest.fixture(scope="session")
 def oracle() -> SimpleNamespace:
-    """`oracle.DraftOracle` and `oracle.ChainOracle`, see oracle.py."""
+    """`oracle.DraftOracle`, `oracle.ChainOracle` and `oracle.tapped_outputs`, see oracle.py."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("oracle.py"))))

@@ -44,6 +44,13 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, *, interleaved: bo
     return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
 
+def tapped_outputs(config: dict[str, Any], num_layers: int) -> list[int]:
+    """Layers of the target whose outputs fc reads; a file's own ids say just that (contract 4)."""
+    key = "eagle_aux_hidden_state_layer_ids"
+    explicit = config.get(key) or config.get("eagle_config", {}).get(key)
+    return sorted(explicit or (1, num_layers // 2 - 1, num_layers - 4))
+
+
 class DraftOracle:
     """Full forward passes of a raw-layout draft, straight from its tensors and its config."""
 

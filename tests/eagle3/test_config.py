@@ -39,6 +39,12 @@ def test_llama4_kind(read):
     assert (attention.temperature, attention.chunk_size) == (None, None)
 
 
+def test_what_transformers_derives_for_one_layer_is_accepted(read):
+    """A MoE draft is known by its tensors, and no draft is chunked."""
+    derived = {"moe_layers": [0], "layer_types": ["chunked_attention"], "attention_chunk_size": 4}
+    assert read("llama4", **derived) == read("llama4")
+
+
 def test_llama4_kind_without_rope(read):
     attention = read("llama4", no_rope_layers=[0]).attention
     assert (attention.rotary_layout, attention.qk_norm_eps) == (None, None)
@@ -66,12 +72,17 @@ def test_architectures(name, kind, read):
         ((0,), 0),
         ((0,) * DEPTH + (1,), 1),
         ((1,) * DEPTH + (0,), 0),
-        ((0, 1), 0),
     ],
     ids=str,
 )
 def test_no_rope_entry(entries, expected):
     assert draft_no_rope_entry(entries, DEPTH) == expected
+
+
+@pytest.mark.parametrize("length", [2, DEPTH, DEPTH + 2])
+def test_rejects_no_rope_layers_of_another_length(length, read):
+    with pytest.raises(CheckpointError, match=r"'no_rope_layers': must be one entry .* or 9 \("):
+        read("llama4", no_rope_layers=[1] * length)
 
 
 def test_defaults(read):
@@ -86,9 +97,9 @@ def test_defaults(read):
 @pytest.mark.parametrize(
     ("changes", "taps"),
     [
-        ({TAP_KEY: [1, 3, 6]}, (1, 3, 6)),
-        ({"eagle_config": {TAP_KEY: [1, 3, 6]}}, (1, 3, 6)),
-        ({TAP_KEY: [2, 4, 5], "eagle_config": {TAP_KEY: [1, 3, 6]}}, (2, 4, 5)),
+        ({TAP_KEY: [1, 3, 4]}, (2, 4, 5)),  # a file's ids count outputs, the config's inputs
+        ({"eagle_config": {TAP_KEY: [1, 3, 6]}}, (2, 4, 7)),
+        ({TAP_KEY: [1, 3, 4], "eagle_config": {TAP_KEY: [1, 3, 6]}}, (2, 4, 5)),
         ({TAP_KEY: []}, None),
         ({"eagle_config": {}}, None),
     ],
@@ -118,12 +129,18 @@ def test_rejects_wrong_integer(key, value, read):
 
 
 YARN = {"rope_type": "yarn"}
+CROSSED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 4.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 32,
+}
 REJECTED = {
     "unknown architecture": ({"architectures": ["MedusaModel"]}, "MedusaModel", "supported are"),
     "no architecture": ({"architectures": None}, "'architectures'", "supported are"),
     "EAGLE-1": ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM'", "Eagle3"),
     "two layers": ({"num_hidden_layers": 2}, "num_hidden_layers", "exactly 1"),
-    "MoE": ({"moe_layers": [0]}, "moe_layers", "[0]"),
     "yoco global": ({"yoco_global_kv_layer": 3}, "yoco_global_kv_layer", "3"),
     "yoco local": ({"yoco_local_kv_layer": 3}, "yoco_local_kv_layer", "3"),
     "sliding window": ({"sliding_window": 2048}, "sliding_window", "2048"),
@@ -137,6 +154,12 @@ REJECTED = {
     "odd head_dim": ({"head_dim": 5}, "head_dim", "5"),
     "large vocabulary": ({"draft_vocab_size": 97}, "draft_vocab_size", "97"),
     "rope type": ({"rope_scaling": YARN}, "rope_type", "'yarn'"),
+    "rope by layer type": (
+        {"rope_parameters": {"full_attention": YARN}},
+        "rope_parameters",
+        "flat",
+    ),
+    "rope bands crossed": ({"rope_scaling": CROSSED}, "low_freq_factor", "high_freq_factor 1.0"),
     "theta is text": ({"rope_theta": "10000"}, "rope_theta", "'10000'"),
     "nested theta is text": ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta", "'1'"),
     "tap ids text": ({TAP_KEY: "2,4,5"}, TAP_KEY, "'2,4,5'"),
@@ -191,6 +214,7 @@ def test_rejects_no_rope_entry_that_is_no_flag(entry, read):
         ({"no_rope_layers": [0], "floor_scale": 0}, "floor_scale"),
         ({"no_rope_layers": [0], "attn_scale": "0.1"}, "attn_scale"),
         ({"use_qk_norm": "yes"}, "use_qk_norm"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"intermediate_size_mlp": "48"}, "intermediate_size_mlp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

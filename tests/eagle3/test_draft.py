@@ -31,6 +31,7 @@ ROPE = {"rope_type": "default", "rope_theta": 9.0}
 BLEND = {**LLAMA3, "high_freq_factor": 4.0, "rope_theta": 50.0}
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 TAPS = {TAP_KEY: [6, 1, 3]}  # any order: the taps are concatenated in ascending layer order
+CHUNKED = {"layer_types": ["chunked_attention"], "attention_chunk_size": 4}
 BOTH: dict[str, dict[str, Any]] = {
     "plain": {},
     "norm_before_residual": {"norm_before_residual": True},
@@ -45,6 +46,7 @@ BOTH: dict[str, dict[str, Any]] = {
     "full vocabulary": {"draft_vocab_size": None},
     "taps explicit": TAPS,
     "taps nested": {"eagle_config": TAPS},
+    "taps at the last layer": {TAP_KEY: [0, 3, 7]},
     "no_rope_layers [0]": {"no_rope_layers": [0]},  # means nothing to the llama kind
 }
 ONLY_LLAMA4: dict[str, dict[str, Any]] = {
@@ -53,6 +55,7 @@ ONLY_LLAMA4: dict[str, dict[str, Any]] = {
     "no_rope_layers [1]": {"no_rope_layers": [1]},
     "padded RoPE": {"no_rope_layers": [0] * 8 + [1]},
     "padded NoPE": {"no_rope_layers": [1] * 8 + [0]},
+    "chunked layer type": CHUNKED,  # as a config derives it from the target's; never applied
     "NoPE, no temperature": {"no_rope_layers": [0], "attn_temperature_tuning": False},
 }
 CASES = {
@@ -78,26 +81,19 @@ class Pair:
     expected_aux: tuple[Tensor, ...]
 
 
-def tapped_layers(config: dict[str, Any], num_layers: int) -> list[int]:
-    nested = config.get("eagle_config", {})
-    return sorted(
-        config.get(TAP_KEY) or nested.get(TAP_KEY) or (2, num_layers // 2, num_layers - 3)
-    )
-
-
-def stream_inputs(target, ids: Tensor):
-    """(our taps, the un-normed input of every layer) of one pass over `ids`."""
-    inputs = [target.model.embed_tokens(ids)]
+def stream_outputs(target, ids: Tensor):
+    """(our taps, the un-normed output of every layer) of one pass over `ids`."""
+    outputs = []
     hooks = [
         layer.register_forward_hook(
-            lambda _, __, out: inputs.append(out.delta_TD + out.residual_TD)
+            lambda _, __, out: outputs.append(out.delta_TD + out.residual_TD)
         )
         for layer in target.model.layers
     ]
     aux = target(ids, target.allocate_cache(len(ids)).causal_step(len(ids))).aux_hidden_states
     for hook in hooks:
         hook.remove()
-    return aux, inputs
+    return aux, outputs
 
 
 @pytest.fixture
@@ -109,10 +105,10 @@ def make_pair(draft_files, make_target, load_draft, oracle):
         ours = load_draft(files, target, backend)
         restated = oracle.DraftOracle(files.tensors, files.config, target.state_dict())
         text = torch.randint(0, 96, (length + 1,))
-        aux, inputs = stream_inputs(target, text[:-1])
-        layers = tapped_layers(files.config, target.config.num_hidden_layers)
+        aux, outputs = stream_outputs(target, text[:-1])
+        layers = oracle.tapped_outputs(files.config, target.config.num_hidden_layers)
         chain = oracle.ChainOracle(restated)
-        return Pair(ours, restated, chain, text[1:], aux, tuple(inputs[layer] for layer in layers))
+        return Pair(ours, restated, chain, text[1:], aux, tuple(outputs[layer] for layer in layers))
 
     return make
 
@@ -194,6 +190,24 @@ def test_rows_of_no_committed_position_are_never_read(make_pair):
         assert drafter.propose(4).tokens_N.tolist() == expected
 
 
+@pytest.mark.parametrize("depth", [7, 8, 13])
+def test_output_ids_of_the_default_give_the_default_taps(
+    depth, draft_files, make_target, load_draft
+):
+    """[1, N/2 - 1, N - 4] counts outputs, (2, N/2, N - 3) the inputs behind them."""
+    files, target = draft_files("llama"), make_target(num_hidden_layers=depth)
+    text = torch.randint(0, 96, (LENGTH,))
+    load_draft(files, target)
+    default, outputs = stream_outputs(target, text)
+    explicit_ids = [1, depth // 2 - 1, depth - 4]
+    files.config[TAP_KEY] = explicit_ids
+    load_draft(files, target)
+    explicit, _ = stream_outputs(target, text)
+    for tap, same, layer in zip(default, explicit, explicit_ids, strict=True):
+        assert torch.equal(tap, same)
+        assert torch.equal(tap, outputs[layer])
+
+
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_taps_one_layer_off_change_the_logits(shift, draft_files, make_target, load_draft):
     """The oracle can only tell the conventions apart if a wrong one shows."""
@@ -202,9 +216,9 @@ def test_taps_one_layer_off_change_the_logits(shift, draft_files, make_target, l
     def logits(*layers: int) -> Tensor:
         files.config[TAP_KEY] = list(layers)
         ours = load_draft(files, target)
-        hidden = ours.combine_hidden_states(stream_inputs(target, text[:-1])[0])
+        hidden = ours.combine_hidden_states(stream_outputs(target, text[:-1])[0])
         step = ours.allocate_cache(LENGTH).causal_step(LENGTH)
         return ours.compute_draft_logits(ours(text[1:], hidden, step).post_norm_TD)
 
-    right, wrong = logits(2, 4, 5), logits(2 + shift, 4 + shift, 5 + shift)
+    right, wrong = logits(1, 3, 4), logits(1 + shift, 3 + shift, 4 + shift)
     assert (right - wrong).abs().max() > 0.05 * right.abs().max()

@@ -91,6 +91,18 @@ def test_ties_go_to_the_lowest_draft_id(tied, device):
         assert op(hidden, head, d2t, 4).ids_TA.tolist() == [expected]
 
 
+def test_logits_are_rounded_to_the_dtype(device):
+    """2049 rounds to 2048 in float16, so ids 5 and 90 tie and the lower one comes first."""
+    head, hidden = (
+        torch.zeros(100, 16, device=device).half(),
+        torch.ones(1, 16, device=device).half(),
+    )
+    head[[5, 90], 0] = 2048.0
+    head[90, 1] = 1.0
+    for op in (draft_vocab, draft_vocab_ref):
+        assert op(hidden, head, None, 2).ids_TA.tolist() == [[5, 90]]
+
+
 def test_d2t_holds_offsets(device):
     head, hidden = _distinct_head(50, 16, device), torch.eye(1, 16, device=device)
     target_ids = torch.arange(50, device=device) * 3 + 7

@@ -152,6 +152,12 @@ def test_chain_over_chunk_edges(prefix, num_rows, device, assert_close):
         _check(case, chunk_size, trees, assert_close)
 
 
+def test_last_row_of_a_tile_sees_itself(device, assert_close):
+    """Rows 96 to 127 fill a tile and see 65 keys from the chunk edge 63 on: one past a key tile."""
+    trees = [_chain(128)]
+    _check(_case(trees, [0], device, heads=(1, 1), chains=True), 63, trees, assert_close)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (5, 1), (40, 8)], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_heads(heads, head_dim, device, assert_close):

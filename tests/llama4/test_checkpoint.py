@@ -1,7 +1,8 @@
 """Loading a target strictly from safetensors: one file, shards, multimodal; all faults listed.
 
 A rejection is a CheckpointError that names the file and the tensor. Regimes: absent and spoilt
-files, an index that leaves its folder, missing, extra, misshapen, duplicate and non-finite tensors.
+files, an index that leaves its folder or disagrees with its shards, configs that no request fits,
+missing, extra, misshapen and non-finite tensors.
 """
 
 import json
@@ -33,6 +34,7 @@ VALUES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 UP = "model.layers.0.feed_forward.up_proj.weight"
 EXPERTS = "model.layers.1.feed_forward.experts.down_proj"
 
@@ -128,6 +130,30 @@ def test_rejects_path_that_is_no_folder(path, tmp_path, monkeypatch):
     assert (path or "absent") in str(error.value)
 
 
+def test_rejects_file_in_place_of_its_folder(tmp_path):
+    file = write(tmp_path, random_tensors()) / FILE
+    with pytest.raises(CheckpointError, match="is a file; give the folder that holds config.json"):
+        resolve_folder(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "generation", "expected"),
+    [
+        ({"eos_token_id": 24}, {}, "eos_token_id: [24] outside the vocabulary 0..23"),
+        ({"eos_token_id": [2, -1]}, {}, "eos_token_id: [-1] outside"),
+        ({"eos_token_id": 2}, {"eos_token_id": [3, 99]}, "eos_token_id: [99] outside"),
+        ({"max_position_embeddings": 1}, {}, "'max_position_embeddings': must be an integer >= 2"),
+    ],
+    ids=["end token", "negative", "generation config", "no room for a token"],
+)
+def test_rejects_config_that_no_request_fits(changes, generation, expected, tmp_path):
+    folder = write(tmp_path, random_tensors(), {**VALUES, **changes})
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    assert expected in str(error.value)
+
+
 def test_rejects_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
     message = rejection(tmp_path)
@@ -136,16 +162,18 @@ def test_rejects_folder_without_weights(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -10])
-def test_rejects_truncated_file(keep, tmp_path):
+@pytest.mark.parametrize("other", [None, b"PK\x03\x04" * 100], ids=["truncated", "another format"])
+def test_rejects_unreadable_file(other, keep, tmp_path):
     file = write(tmp_path, random_tensors()) / FILE
-    file.write_bytes(file.read_bytes()[:keep])
-    assert f"{file}: not a readable safetensors file" in rejection(tmp_path)
+    file.write_bytes((other or file.read_bytes())[:keep])
+    message = rejection(tmp_path)
+    assert f"{file}: not a readable safetensors file" in message
+    assert "Git-LFS" not in message
 
 
-def test_rejects_file_of_another_format(tmp_path):
-    file = write(tmp_path, random_tensors()) / FILE
-    file.write_bytes(b"PK\x03\x04" * 100)
-    assert f"{file}: not a readable safetensors file" in rejection(tmp_path)
+def test_names_a_git_lfs_pointer(tmp_path):
+    (write(tmp_path, random_tensors()) / FILE).write_bytes(LFS_POINTER)
+    assert rejection(tmp_path).endswith("it is a Git-LFS pointer, run git lfs pull")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +201,16 @@ def test_rejects_missing_shard(tmp_path):
 def test_rejects_tensor_in_two_shards(tmp_path):
     tensors = random_tensors()
     folder = write_shards(tmp_path, tensors, {UP: tensors[UP]})
-    assert f"tensor {UP} appears twice" in rejection(folder)
+    message = rejection(folder)
+    assert f"model-0.safetensors: the index and the shard disagree about ['{UP}']" in message
+
+
+def test_rejects_index_that_names_a_tensor_no_shard_holds(tmp_path):
+    folder = write_shards(tmp_path, random_tensors())
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["ghost.weight"] = "model-0.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    assert "the index and the shard disagree about ['ghost.weight']" in rejection(folder)
 
 
 def test_lists_all_that_is_wrong(tmp_path):
@@ -198,7 +235,14 @@ def test_lists_all_that_is_wrong(tmp_path):
 def test_rejects_weight_that_is_not_finite(value, tmp_path):
     tensors = random_tensors()
     tensors[EXPERTS][2, 1, 0] = value
-    assert f"{EXPERTS}: not finite" in rejection(write(tmp_path, tensors))
+    assert f"{EXPERTS}: not finite in torch.float32" in rejection(write(tmp_path, tensors))
+
+
+def test_rejects_weight_that_overflows_in_the_asked_dtype(tmp_path):
+    folder = write(tmp_path, random_tensors() | {"model.norm.weight": torch.full((16,), 1e6)})
+    load(folder)  # float32 holds it
+    with pytest.raises(CheckpointError, match="model.norm.weight: not finite in torch.float16"):
+        Llama4ForCausalLM.from_pretrained(folder, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.int8, torch.bool])

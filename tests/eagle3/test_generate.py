@@ -1,0 +1,92 @@
+"""Which drafts a decoding takes, and how often it runs; tests/test_lossless.py has what it yields.
+
+One target can have several drafts, and the taps belong to the target: a draft that reads another
+draft's taps raises nothing and is accepted less.
+"""
+
+import pytest
+from torch import nn
+
+from aerie.eagle3.drafter import ChainDrafter
+from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.interface import SupportsEagle3
+
+# few tokens and many prompts, so that a random draft is accepted often enough to tell taps apart
+SMALL = {"vocab_size": 8}
+PROMPT, COUNT = [1, 2, 3, 4, 5], 8
+PROMPTS = [[i % 8, i // 8, 3, 5 * i % 8] for i in range(24)]
+TAP_KEY = "eagle_aux_hidden_state_layer_ids"
+OTHER_TAPS = {TAP_KEY: [0, 2, 6]}
+
+
+@pytest.fixture
+def target(make_target):
+    return make_target(**SMALL)
+
+
+@pytest.fixture
+def make_draft(draft_files, load_draft):
+    """`make_draft(target, **changes)`: a random draft over the target's full vocabulary."""
+
+    def make(target, **changes):
+        return load_draft(draft_files("llama", **SMALL, draft_vocab_size=None, **changes), target)
+
+    return make
+
+
+def acceptance(target, draft) -> list[list[int]]:
+    """Accepted drafts at each position, for every prompt."""
+    return [
+        generate(target, prompt, COUNT, draft, eos_token_ids=()).stats.accepted_at
+        for prompt in PROMPTS
+    ]
+
+
+def test_target_supports_eagle3(target):
+    assert isinstance(target, SupportsEagle3)
+    assert not isinstance(nn.Linear(2, 2), SupportsEagle3)
+
+
+def test_rejects_draft_of_another_target(target, make_target, make_draft):
+    """Even one of the same shapes: the draft reads the embedding it was bound to."""
+    draft = make_draft(make_target(**SMALL))
+    with pytest.raises(ValueError, match="draft: was loaded for another target"):
+        Decoding(target, PROMPT, COUNT, draft)
+    with pytest.raises(ValueError, match="draft: was loaded for another target"):
+        generate(target, PROMPT, COUNT, draft)
+
+
+def test_draft_keeps_its_taps_when_another_is_loaded(target, make_draft):
+    draft = make_draft(target)
+    before = acceptance(target, draft)
+    other = make_draft(target, **OTHER_TAPS)
+    assert acceptance(target, draft) == before
+    of_other = acceptance(target, other)
+    assert acceptance(target, draft) == before
+    assert acceptance(target, other) == of_other
+
+
+def test_taps_of_another_draft_would_show(target, make_draft):
+    """The control of the test above: a drafter of one's own is not bound anew."""
+    draft = make_draft(target)
+    right = acceptance(target, draft)
+    make_draft(target, **OTHER_TAPS)
+    wrong = []
+    for prompt in PROMPTS:
+        drafter = ChainDrafter(draft, len(prompt) + COUNT + 5)
+        decoding = Decoding(target, prompt, COUNT, eos_token_ids=(), drafter=drafter)
+        list(decoding)
+        wrong.append(decoding.stats.accepted_at)
+    assert wrong != right
+
+
+@pytest.mark.parametrize("num_bursts", [1, 2, None], ids=["first", "second", "all"])
+def test_is_iterated_once(num_bursts, target, make_draft):
+    decoding = Decoding(target, PROMPT, 12, make_draft(target), eos_token_ids=())
+    first = iter(decoding)
+    bursts = list(first) if num_bursts is None else [next(first) for _ in range(num_bursts)]
+    with pytest.raises(ValueError, match="a Decoding is iterated once"):
+        next(iter(decoding))
+    bursts += list(first)  # the one that runs is not disturbed
+    tokens = [token for burst in bursts for token in burst]
+    assert tokens == generate(target, PROMPT, 12, eos_token_ids=()).tokens

@@ -1,0 +1,68 @@
+"""Acceptance as counted over rounds, of equal and of different length."""
+
+import random
+from itertools import accumulate
+from operator import mul
+
+import pytest
+
+from aerie.eagle3.stats import Stats
+
+
+def count(*rounds: tuple[int, int]) -> Stats:
+    """Stats of rounds of (drafted, accepted) tokens."""
+    stats = Stats()
+    for drafted, accepted in rounds:
+        stats.count_draft(drafted, accepted)
+    return stats
+
+
+def test_nothing_counted():
+    stats = Stats()
+    assert stats.acceptance_length == 1
+    assert stats.acceptance_per_position == stats.conditional_acceptance_per_position == []
+    assert stats.tokens_per_second == 0
+
+
+def test_rounds_without_drafts_are_passes_only():
+    stats = count((0, 0), (0, 0))
+    assert (stats.num_target_passes, stats.num_drafts, stats.num_draft_tokens) == (2, 0, 0)
+    assert stats.acceptance_length == 1
+
+
+def test_positions():
+    stats = count((3, 0), (3, 1), (3, 3), (3, 1))
+    assert (stats.num_target_passes, stats.num_drafts, stats.num_draft_tokens) == (4, 4, 12)
+    assert stats.num_accepted_tokens == 5
+    assert stats.acceptance_length == 1 + 5 / 4
+    assert stats.acceptance_per_position == [3 / 4, 1 / 4, 1 / 4]
+    assert stats.conditional_acceptance_per_position == [3 / 4, 1 / 3, 1]
+
+
+def test_position_that_was_never_reached():
+    assert count((3, 0), (3, 0)).conditional_acceptance_per_position == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rounds", [((4, 4), (1, 1)), ((1, 1), (4, 4))], ids=str)
+def test_a_shorter_round_says_nothing_of_later_positions(rounds):
+    stats = count(*rounds)
+    assert stats.acceptance_per_position == [1.0] * 4
+    assert stats.conditional_acceptance_per_position == [1.0] * 4
+    assert stats.acceptance_length == 1 + 5 / 2
+
+
+def test_rounds_of_different_length():
+    stats = count((4, 2), (2, 2), (1, 0), (3, 3), (0, 0))
+    assert stats.acceptance_per_position == [3 / 4, 1, 1 / 2, 0]
+    assert stats.conditional_acceptance_per_position == [3 / 4, 1, 1 / 2, 0]
+    assert stats.acceptance_length == 1 + 7 / 4
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_acceptance_length_from_conditional_acceptances(length):
+    """AL = 1 + sum over i of the product of the conditional acceptances up to i (contract 7.4)."""
+    choose = random.Random(length)
+    stats = count(*[(length, choose.randint(0, length)) for _ in range(50)])
+    products = list(accumulate(stats.conditional_acceptance_per_position, mul))
+    assert products == pytest.approx(stats.acceptance_per_position)
+    assert stats.acceptance_length == pytest.approx(1 + sum(products))
