@@ -1,7 +1,7 @@
-"""Which drafts a decoding takes, and how often it runs; tests/test_lossless.py has what it yields.
+"""Which targets and drafts a decoding takes, and how often it runs.
 
-One target can have several drafts, and the taps belong to the target: a draft that reads another
-draft's taps raises nothing and is accepted less.
+What it yields is in tests/test_lossless.py. One target can have several drafts, and the taps
+belong to the target: a draft that reads another draft's taps raises nothing and is accepted less.
 """
 
 import pytest
@@ -10,11 +10,12 @@ from torch import nn
 from aerie.eagle3.drafter import ChainDrafter
 from aerie.eagle3.generate import Decoding, generate
 from aerie.eagle3.interface import SupportsEagle3
+from aerie.llama4.json_fields import CheckpointError
 
 # few tokens and many prompts, so that a random draft is accepted often enough to tell taps apart
 SMALL = {"vocab_size": 8}
-PROMPT, COUNT = [1, 2, 3, 4, 5], 8
-PROMPTS = [[i % 8, i // 8, 3, 5 * i % 8] for i in range(24)]
+PROMPT, COUNT = [1, 2, 3, 4, 5], 4
+PROMPTS = [[i % 8, i // 8, 3, 5 * i % 8] for i in range(16)]
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 OTHER_TAPS = {TAP_KEY: [0, 2, 6]}
 
@@ -37,7 +38,7 @@ def make_draft(draft_files, load_draft):
 def acceptance(target, draft) -> list[list[int]]:
     """Accepted drafts at each position, for every prompt."""
     return [
-        generate(target, prompt, COUNT, draft, eos_token_ids=()).stats.accepted_at
+        generate(target, prompt, COUNT, draft, 2, eos_token_ids=()).stats.accepted_at
         for prompt in PROMPTS
     ]
 
@@ -45,6 +46,20 @@ def acceptance(target, draft) -> list[list[int]]:
 def test_target_supports_eagle3(target):
     assert isinstance(target, SupportsEagle3)
     assert not isinstance(nn.Linear(2, 2), SupportsEagle3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"eos_token_id": 8}, r"eos_token_id: \[8\] outside the vocabulary 0\.\.7"),
+        ({"eos_token_id": [2, -1]}, r"eos_token_id: \[-1\] outside"),
+        ({"max_position_embeddings": 1}, "'max_position_embeddings': must be an integer >= 2"),
+    ],
+    ids=["end token", "negative end token", "no room for a token"],
+)
+def test_rejects_target_that_no_request_fits(changes, expected, make_target):
+    with pytest.raises(CheckpointError, match=expected):
+        make_target(**SMALL, **changes)
 
 
 def test_rejects_draft_of_another_target(target, make_target, make_draft):
@@ -73,8 +88,8 @@ def test_taps_of_another_draft_would_show(target, make_draft):
     make_draft(target, **OTHER_TAPS)
     wrong = []
     for prompt in PROMPTS:
-        drafter = ChainDrafter(draft, len(prompt) + COUNT + 5)
-        decoding = Decoding(target, prompt, COUNT, eos_token_ids=(), drafter=drafter)
+        drafter = ChainDrafter(draft, len(prompt) + COUNT + 3)
+        decoding = Decoding(target, prompt, COUNT, None, 2, (), drafter)
         list(decoding)
         wrong.append(decoding.stats.accepted_at)
     assert wrong != right
