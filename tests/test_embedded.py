@@ -8,6 +8,7 @@ deterministic, so they leave room for another torch's rounding, not for luck.
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 
 HELDOUT_FLOOR = 2.6  # acceptance length at k = 4, mean over all held-out prompts
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +58,18 @@ def test_acceptance_on_heldout_prompts(target, draft, tokenizer):
     assert acceptance_length(target, draft, heldout(tokenizer)) >= HELDOUT_FLOOR
 
 
-def test_taps_shifted_by_one_lower_the_acceptance(target, draft, tokenizer):
-    """The commonest way to kill a draft silently: reading ids as outputs instead of inputs."""
-    prompts = heldout(tokenizer)[:6]
+def test_taps_one_layer_early_lower_the_acceptance(target, draft, tokenizer):
+    """Ids of outputs read as inputs: the field's commonest silent mistake (3.18 -> 2.87 here)."""
+    prompts = heldout(tokenizer)[:12]
     right = acceptance_length(target, draft, prompts)
     layers = target.get_eagle3_default_aux_hidden_state_layers()
+    early = tuple(layer - 1 for layer in layers)
+    config = draft.config
     try:
-        target.set_aux_hidden_state_layers(tuple(layer + 1 for layer in layers))
+        draft.config = replace(config, aux_hidden_state_layers=early)
         shifted = acceptance_length(target, draft, prompts)
     finally:
-        target.set_aux_hidden_state_layers(layers)
+        draft.config = config
     assert shifted < right - 0.1
 
 
