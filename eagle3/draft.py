@@ -122,24 +122,26 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         return draft
 
     def bind(self, target: Llama4ForCausalLM) -> None:
-        """Shares the target's embedding and sets the target's taps."""
-        layers = (
-            self.config.aux_hidden_state_layers
-            or target.get_eagle3_default_aux_hidden_state_layers()
-        )
+        """Shares the target's embedding and checks that the target can be tapped as asked."""
+        target.set_aux_hidden_state_layers(self.tap_layers(target))
+        # The target owns this module: registered here, it would be moved and saved with the draft.
+        object.__setattr__(self, "embed_tokens", target.model.embed_tokens)
+
+    def tap_layers(self, target: Llama4ForCausalLM) -> tuple[int, ...]:
+        """The config's tap ids, or the target's default. Raises CheckpointError if unusable."""
+        default = target.get_eagle3_default_aux_hidden_state_layers()
+        layers = self.config.aux_hidden_state_layers or default
         if len(layers) != self.config.num_taps:
             raise CheckpointError(f"taps: fc reads {self.config.num_taps}, the ids are {layers}")
-        try:
-            target.set_aux_hidden_state_layers(layers)
-        except ValueError as error:
+        depth = target.config.num_hidden_layers
+        if len(set(layers)) != len(layers) or not set(layers) <= set(range(depth + 1)):
             is_default = self.config.aux_hidden_state_layers is None
             origin = "the target's default" if is_default else "from the draft's config"
             raise CheckpointError(
-                f"config key 'eagle_aux_hidden_state_layer_ids': {layers}, {origin}, does not fit "
-                f"a target of {target.config.num_hidden_layers} layers ({error})"
-            ) from error
-        # The target owns this module: registered here, it would be moved and saved with the draft.
-        object.__setattr__(self, "embed_tokens", target.model.embed_tokens)
+                f"config key 'eagle_aux_hidden_state_layer_ids': {layers}, {origin}, must be "
+                f"distinct and within 0..{depth} (inputs of the target's layers)"
+            )
+        return layers
 
     def combine_hidden_states(self, aux_hidden_states: Sequence[Tensor]) -> Tensor:
         """fc over the taps (each [T, target width]); their concatenation is never built."""

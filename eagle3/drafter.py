@@ -18,6 +18,8 @@ from aerie.eagle3.tree import DraftTree, chain
 class Drafter(Protocol):
     """Proposes tokens to verify; told after every target pass what was committed."""
 
+    tap_layers: tuple[int, ...]  # inputs of target layers it wants to observe
+
     def observe(self, aux_hidden_states: Sequence[Tensor], next_ids_T: Tensor) -> None: ...
 
     def propose(self, num_tokens: int) -> DraftTree: ...
@@ -25,6 +27,8 @@ class Drafter(Protocol):
 
 class NoDrafter:
     """Plain decoding: nothing is proposed, every target pass yields one token."""
+
+    tap_layers: tuple[int, ...] = ()
 
     def __init__(self, device: torch.device) -> None:
         self._nothing = chain(torch.empty(0, dtype=torch.int64, device=device))
@@ -47,8 +51,12 @@ class Level:
 class ChainDrafter:
     """Greedy chains from an Eagle3 draft, with the draft's own cache."""
 
-    def __init__(self, draft: Eagle3Llama4ForCausalLM, max_length: int) -> None:
+    def __init__(
+        self, draft: Eagle3Llama4ForCausalLM, max_length: int, tap_layers: tuple[int, ...] = ()
+    ) -> None:
+        """`tap_layers` as `draft.tap_layers(target)` gives them."""
         self.draft = draft
+        self.tap_layers = tap_layers
         self.cache = draft.allocate_cache(max_length)
         self._last: Level | None = None
 

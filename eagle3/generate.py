@@ -59,16 +59,18 @@ class Decoding:
         needed = len(self.prompt_ids) + max_new_tokens + num_speculative_tokens + 1
         capacity = min(self.context, needed)
         cache = target.allocate_cache(capacity)
-        self.verifier = Verifier(target, cache, target.backend)
         self.drafter = drafter or _drafter(draft, target, capacity)
+        self.verifier = Verifier(target, cache, target.backend, self.drafter.tap_layers)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
+        self._is_started = False
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int]]:
-        if self.tokens:
+        if self._is_started:
             raise ValueError("decoding: a Decoding is iterated once; build another one")
+        self._is_started = True
         with self.stats.timed("total"), self.stats.timed("prefill"):
             verified = self._prefill()
         yield self._keep(verified.tokens)
@@ -151,8 +153,7 @@ def _drafter(
         return NoDrafter(target.lm_head.weight.device)
     if draft.embed_tokens is not target.model.embed_tokens:
         raise ValueError("draft: was loaded for another target; load it with this one")
-    draft.bind(target)  # another draft may have set its own taps since
-    return ChainDrafter(draft, capacity)
+    return ChainDrafter(draft, capacity, draft.tap_layers(target))
 
 
 def _check_prompt(

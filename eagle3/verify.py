@@ -36,10 +36,16 @@ class Verifier:
     """Checks drafts against `target`, whose cache holds all tokens before the root."""
 
     def __init__(
-        self, target: SupportsEagle3, cache: PagedKVCache, backend: ResolvedBackend
+        self,
+        target: SupportsEagle3,
+        cache: PagedKVCache,
+        backend: ResolvedBackend,
+        tap_layers: tuple[int, ...] = (),
     ) -> None:
+        """`tap_layers` are set before every pass: other drafts may share the target."""
         self.target = target
         self.cache = cache
+        self.tap_layers = tap_layers
         self._argmax = pick(backend, argmax, argmax_ref)
         self._accept = pick(backend, accept, accept_ref)
 
@@ -47,6 +53,7 @@ class Verifier:
         """Commits known tokens; `following` starts with the next known one, if there is one."""
         step = self.cache.causal_step(len(ids))
         last_row = torch.tensor([len(ids) - 1], device=step.slots_T.device)
+        self.target.set_aux_hidden_state_layers(self.tap_layers)
         output = self.target(torch.tensor(ids, device=step.slots_T.device), step, last_row)
         path = list(range(len(ids)))
         self.cache.commit(0, path)
@@ -58,6 +65,7 @@ class Verifier:
         """Commits the root and the accepted nodes behind it."""
         tokens_T = torch.cat((root_T, draft.tokens_N))
         step = self.cache.tree_step(draft.shape)
+        self.target.set_aux_hidden_state_layers(self.tap_layers)
         output = self.target(tokens_T, step)
         acceptance = self._accept(
             tokens_T,

@@ -26,8 +26,8 @@ MAX_LISTED = 1000  # problems in one message
 class Renaming:
     """How tensor names of the files become parameter names.
 
-    `prefixes` are replaced at the start of a name (first match); names that start with one of
-    `ignored` are left out on purpose.
+    `prefixes` are replaced at the start of a name (first match). Names in `ignored`, or under one
+    of its entries that ends with a dot, are left out on purpose.
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
@@ -35,7 +35,8 @@ class Renaming:
 
     def __call__(self, name: str) -> str | None:
         """The parameter's name, or None for a tensor that is left out."""
-        if name.startswith(self.ignored):
+        folders = tuple(entry for entry in self.ignored if entry.endswith("."))
+        if name in self.ignored or name.startswith(folders):
             return None
         for old, new in self.prefixes.items():
             if name.startswith(old):

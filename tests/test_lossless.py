@@ -83,6 +83,7 @@ class ScriptedDrafter:
     right: float
     choose: random.Random = field(default_factory=lambda: random.Random(0))
     known: int = 0
+    tap_layers: tuple[int, ...] = ()
 
     def observe(self, aux_hidden_states, next_ids_T) -> None:
         # of the prompt's rows only the last one is followed by a generated token

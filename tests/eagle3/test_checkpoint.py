@@ -156,7 +156,7 @@ def test_rejects_config_that_does_not_fit(changes, expected, draft_files, load_d
 )
 def test_rejects_taps_outside_the_target(outputs, inputs, draft_files, load_draft):
     message = rejection(load_draft, draft_files("llama", **{TAP_KEY: outputs}))
-    assert "distinct and within 0..8 (inputs of layers)" in message
+    assert "distinct and within 0..8 (inputs of the target's layers)" in message
     assert f"'{TAP_KEY}': {inputs}, from the draft's config" in message
 
 

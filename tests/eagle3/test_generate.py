@@ -82,13 +82,13 @@ def test_draft_keeps_its_taps_when_another_is_loaded(target, make_draft):
 
 
 def test_taps_of_another_draft_would_show(target, make_draft):
-    """The control of the test above: a drafter of one's own is not bound anew."""
+    """The control of the test above: with the other draft's taps the acceptance is another."""
     draft = make_draft(target)
     right = acceptance(target, draft)
-    make_draft(target, **OTHER_TAPS)
+    taps = make_draft(target, **OTHER_TAPS).tap_layers(target)
     wrong = []
     for prompt in PROMPTS:
-        drafter = ChainDrafter(draft, len(prompt) + COUNT + 3)
+        drafter = ChainDrafter(draft, len(prompt) + COUNT + 3, taps)
         decoding = Decoding(target, prompt, COUNT, None, 2, (), drafter)
         list(decoding)
         wrong.append(decoding.stats.accepted_at)
