@@ -50,3 +50,13 @@ def test_the_library_reads_no_environment(path):
     assert "os.environ" not in source
     assert "getenv" not in source
     assert "triton.autotune" not in source
+
+
+@pytest.mark.parametrize("stem", [p.stem for p in FILES if "@torch.library" in p.read_text()])
+def test_every_op_has_reference_test_and_bench(stem):
+    source = (ROOT / "kernels" / f"{stem}.py").read_text()
+    assert f"def {stem}_ref(" in source
+    assert f"def {stem}(" in source
+    assert "def _launch_config(" in source
+    assert (ROOT / "tests" / "kernels" / f"test_{stem}.py").is_file()
+    assert (ROOT / "bench" / "kernels" / f"{stem}.py").is_file()
