@@ -20,9 +20,15 @@ PROVIDERS = ("transformers", "plain", "speculative")
 
 
 @pytest.fixture(scope="session")
-def prompt_ids() -> list[int]:
+def heldout_ids() -> list[list[int]]:
     prompts = json.loads(HELDOUT_PROMPTS.read_text())["prompts"]
-    return load_tokenizer(TARGET).encode(prompts[0]["text"]).ids
+    tokenizer = load_tokenizer(TARGET)
+    return [tokenizer.encode(prompt["text"]).ids for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def prompt_ids(heldout_ids) -> list[int]:
+    return heldout_ids[0]
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +57,21 @@ def bench_generate(provider, request, benchmark, environment, prompt_ids):
         "tokens": tokens,
         "acceptance_length": acceptance_length,
         "tokens_per_second": tokens / benchmark.stats.stats.median,
+    }
+
+
+def bench_heldout_acceptance(benchmark, environment, target, draft, heldout_ids):
+    """Acceptance at k = 4 over all drafts of all held-out prompts, 128 tokens each."""
+
+    def decode():
+        return [generate(target, ids, NEW_TOKENS, draft).stats for ids in heldout_ids]
+
+    runs = benchmark.pedantic(decode, rounds=1)
+    drafts = sum(run.num_drafts for run in runs)
+    accepted = [sum(run.accepted_at[i] for run in runs) / drafts for i in range(4)]
+    benchmark.extra_info |= environment | {
+        "acceptance_per_position": accepted,
+        "acceptance_length": 1 + sum(accepted),
     }
 
 
