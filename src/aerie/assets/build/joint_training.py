@@ -1,10 +1,10 @@
 """Target and draft trained together for a while, after each was trained alone.
 
-A target this small is unsure of much of its own text, and a one-layer draft then guesses its greedy
-choices little better than half of the time, however wide it is (measured: intermediate sizes 384
-and 1024 alike). Here the draft's loss also reaches the target: through the taps, as in multi-token
-prediction (arXiv 2404.19737), and through the target's own distribution. Half of the rows are the
-target's own continuations, which makes it surer of what it would write anyway.
+A target this small is unsure of much of its own text, and a one-layer draft trained on it alone
+guessed its greedy choices little better than half of the time. Here the draft's loss also reaches
+the target: through the taps, as in multi-token prediction (arXiv 2404.19737), and through the
+target's own distribution. Half of the rows are the target's own continuations, which makes it surer
+of what it would write anyway.
 """
 
 import sys
@@ -107,7 +107,8 @@ def _step(
     logits = draft.unroll(taps_BTC, model.get_input_embeddings()(ids_BT), plan.unroll)
     losses, hits = unrolled_losses(logits, outputs.logits, ids_BT, kept_U)
     weights = [plan.decay**level for level in range(plan.unroll)]
-    drafted = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    weighted = [w * loss for w, loss in zip(weights, losses, strict=True)]
+    drafted = torch.stack(weighted).sum() / sum(weights)
     topic = _language_loss(outputs.logits[: plan.topic_rows], ids_BT[: plan.topic_rows])
     own = _language_loss(outputs.logits[plan.topic_rows :], ids_BT[plan.topic_rows :])
     loss = topic + plan.own_weight * own + plan.draft_weight * drafted
@@ -116,7 +117,7 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     shares = " ".join(f"{hit.item():.2f}" for hit in hits)
-    return f"topic {topic.item():.2f} own {own.item():.2f} draft {float(drafted):.2f} hit {shares}"
+    return f"topic {topic.item():.2f} own {own.item():.2f} draft {drafted.item():.2f} hit {shares}"
 
 
 def _language_loss(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:

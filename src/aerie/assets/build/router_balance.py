@@ -42,7 +42,7 @@ class RouterBalance:
         for hook in self.hooks:
             hook.remove()
 
-    def _recorder(self, index: int):  # noqa: ANN202
+    def _recorder(self, index: int):
         def record(_module: object, _inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
             self.logits[index] = outputs[1]
 
