@@ -46,6 +46,11 @@ def pick(backend: ResolvedBackend, op: Op, ref: Op) -> Op:
     return op if backend == "triton" else ref
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the references' own precision: float32, or float64 when a test asks for the truth."""
+    return x.float() if x.itemsize < 4 else x
+
+
 def check_launchable(x: torch.Tensor) -> None:
     """Raises ValueError where a launch on `x` would fail inside the driver or compute garbage."""
     if INTERPRETED:
