@@ -32,6 +32,7 @@ from aerie.llama4.checkpoint import load_weights, resolve_folder
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.mlp import MLP
 from aerie.llama4.model import LayerOutput, Llama4ForCausalLM
+from aerie.llama4.packing import lay_out_for_eager
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         is_full_vocabulary = config.draft_vocab_size == config.vocab_size
         optional = ("d2t",) if is_full_vocabulary else ()
         load_weights(draft, folder, RENAME, weight.dtype, weight.device, optional)
+        if draft.backend == "eager":
+            lay_out_for_eager(draft)
         check_vocabulary_map(draft.d2t, read_membership(folder), config.vocab_size, folder)
         draft.bind(target)
         return draft

@@ -15,15 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_launchable, rounded, widened
 
 
 def attention_temperature_ref(
     q_THK: Tensor, positions_T: Tensor, floor_scale: float, attn_scale: float
 ) -> Tensor:
     """The formula above in PyTorch, float32 inside."""
-    scale_T = torch.log1p(torch.floor((positions_T.float() + 1) / floor_scale)) * attn_scale + 1
-    return (q_THK * scale_T[:, None, None]).to(q_THK.dtype)
+    wide = widened(q_THK)
+    steps_T = torch.floor((positions_T.to(wide.dtype) + 1) / floor_scale)
+    scale_T = torch.log1p(steps_T) * attn_scale + 1
+    return rounded(wide * scale_T[:, None, None], q_THK.dtype)
 
 
 @triton.jit(do_not_specialize=["T"])

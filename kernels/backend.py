@@ -51,6 +51,11 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.itemsize < 4 else x
 
 
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, without the call into PyTorch where nothing would happen."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def check_launchable(x: torch.Tensor) -> None:
     """Raises ValueError where a launch on `x` would fail inside the driver or compute garbage."""
     if INTERPRETED:

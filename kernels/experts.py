@@ -32,8 +32,9 @@ def experts_ref(
 ) -> Tensor:
     """The formula above in PyTorch, one pass per distinct expert of the step."""
     ids = routing.ids_TA.flatten().tolist()
-    scaled_TAD = x_TD[:, None] * routing.scores_TA[:, :, None]
-    pairs = scaled_TAD.flatten(0, 1)
+    choices = routing.ids_TA.shape[1]
+    chosen_TD = x_TD if choices == 1 else x_TD.repeat_interleave(choices, dim=0)
+    pairs = chosen_TD * routing.scores_TA.view(-1, 1)
     if len(set(ids)) == 1:
         routed = _expert_ref(pairs, gate_up_EDF2[ids[0]], down_EFD[ids[0]])
     else:
@@ -42,7 +43,9 @@ def experts_ref(
             mine = torch.tensor([p for p, i in enumerate(ids) if i == e], device=x_TD.device)
             y = _expert_ref(pairs.index_select(0, mine), gate_up_EDF2[e], down_EFD[e])
             routed.index_copy_(0, mine, y)
-    return shared_TD + routed.view(scaled_TAD.shape).sum(dim=1)
+    if choices > 1:
+        routed = routed.view(-1, choices, x_TD.shape[1]).sum(dim=1)
+    return shared_TD + routed
 
 
 def _expert_ref(x_TD: Tensor, gate_up_DF2: Tensor, down_FD: Tensor) -> Tensor:

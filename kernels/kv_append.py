@@ -23,7 +23,7 @@ def kv_append_ref(
     k_TGK: Tensor, v_TGK: Tensor, k_cache_RCGK: Tensor, v_cache_RCGK: Tensor, slots_T: Tensor
 ) -> None:
     """The assignment above in PyTorch, in place."""
-    if slots_T.numel() and int(slots_T.min()) < 0:
+    if min(slots_T.tolist(), default=0) < 0:
         kept = slots_T >= 0
         k_TGK, v_TGK, slots_T = k_TGK[kept], v_TGK[kept], slots_T[kept]
     k_cache_RCGK.view(-1, *k_TGK.shape[1:]).index_copy_(0, slots_T, k_TGK)

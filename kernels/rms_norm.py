@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
+from aerie.kernels.backend import ResolvedBackend, check_launchable, pick, rounded, widened
 
 MAX_WIDTH = 65536  # one program holds a row in registers
 
@@ -36,10 +36,10 @@ def rms_norm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def normalise_ref(x_TD: Tensor, eps: float) -> Tensor:
-    """RMSNorm without a weight. Written out: on a CPU `F.rms_norm` takes half as long again."""
-    x_f32 = x_TD.float()
-    rstd = torch.rsqrt(x_f32.square().mean(dim=-1, keepdim=True) + eps)
-    return (x_f32 * rstd).to(x_TD.dtype)
+    """RMSNorm without a weight; on a CPU the sum is faster than `mean` and than `F.rms_norm`."""
+    wide = widened(x_TD)
+    rstd = torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) / wide.shape[-1] + eps)
+    return rounded(wide * rstd, x_TD.dtype)
 
 
 def add_rms_norm_ref(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_launchable, rounded, widened
 from aerie.kernels.rms_norm import normalise_ref
 from aerie.kernels.rotation import Rotation
 
@@ -46,14 +46,14 @@ def rope_ref(
 
 
 def _rotate_ref(x_THK: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
-    cos, sin = rotation.cos_TJ[:, None], rotation.sin_TJ[:, None]
+    wide = widened(x_THK)
     if layout == "half":
-        first, second = x_THK.float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation.turns_T1J
+        rotated = torch.cat((turned.real, turned.imag), dim=-1)
     else:
-        pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
-        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-    return rotated.to(x_THK.dtype)
+        pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], wide.shape[-1] // 2, 2))
+        rotated = torch.view_as_real(pairs * rotation.turns_T1J).view(wide.shape)
+    return rounded(rotated, x_THK.dtype)
 
 
 @triton.jit

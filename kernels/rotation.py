@@ -16,6 +16,7 @@ Letters: T rows, J rotary pairs (half the head dimension K).
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -41,6 +42,11 @@ class Rotation:
 
     cos_TJ: Tensor
     sin_TJ: Tensor
+
+    @cached_property
+    def turns_T1J(self) -> Tensor:
+        """cos + i sin, for the reference: rotating a pair is one complex product."""
+        return torch.complex(self.cos_TJ, self.sin_TJ)[:, None]
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> Tensor:

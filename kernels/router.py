@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_launchable, rounded, widened
 
 MAX_EXPERTS = 256  # one program holds all logits of its rows in registers
 
@@ -37,7 +37,7 @@ def router_ref(logits_TE: Tensor, experts_per_token: int) -> Routing:
         order_TE = torch.sort(logits_TE, dim=1, descending=True, stable=True).indices
         ids_TA = order_TE[:, :experts_per_token]
     top_TA = logits_TE.gather(1, ids_TA)
-    return Routing(ids_TA.int(), torch.sigmoid(top_TA.float()).to(logits_TE.dtype))
+    return Routing(ids_TA.int(), rounded(torch.sigmoid(widened(top_TA)), logits_TE.dtype))
 
 
 @triton.jit

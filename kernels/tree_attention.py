@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_launchable, rounded, widened
 
 MAX_TREE_ROWS = 64  # bits of an ancestor word
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the Triton kernel
@@ -61,29 +61,32 @@ def tree_attention_ref(
     scale: float,
 ) -> Tensor:
     """Per sequence: gather its keys, then dense attention under an explicit mask, in float32."""
+    sequences = _seen_keys(rows, k_cache_RCGK.shape[1], chunk_size)
+    if [seen.rows for seen in sequences] == [slice(0, len(q_THK))]:
+        return _attend_ref(q_THK, k_cache_RCGK, v_cache_RCGK, sequences[0], scale)
     out_THK = torch.zeros_like(q_THK)
-    for seen in _seen_keys(rows, k_cache_RCGK.shape[1], chunk_size):
-        k_GSK, v_GSK = (
-            (
-                flat[seen.slots]
-                if isinstance(seen.slots, slice)
-                else flat.index_select(0, seen.slots)
-            )
-            .float()
-            .transpose(0, 1)
-            for flat in (k_cache_RCGK.flatten(0, 1), v_cache_RCGK.flatten(0, 1))
-        )
-        q_HNK = q_THK[seen.rows].float().transpose(0, 1)
-        out_HNK = F.scaled_dot_product_attention(
-            q_HNK[None],
-            k_GSK[None],
-            v_GSK[None],
-            attn_mask=seen.bias_NS,
-            scale=scale,
-            enable_gqa=True,
-        )[0]
-        out_THK[seen.rows] = out_HNK.transpose(0, 1)
+    for seen in sequences:
+        q_NHK = q_THK[seen.rows]
+        out_THK[seen.rows] = _attend_ref(q_NHK, k_cache_RCGK, v_cache_RCGK, seen, scale)
     return out_THK
+
+
+def _attend_ref(
+    q_NHK: Tensor, k_cache_RCGK: Tensor, v_cache_RCGK: Tensor, seen: _SeenKeys, scale: float
+) -> Tensor:
+    k_GSK, v_GSK = (
+        widened(cache.view(-1, *cache.shape[2:])[seen.slots]).transpose(0, 1)
+        for cache in (k_cache_RCGK, v_cache_RCGK)
+    )
+    out_1HNK = F.scaled_dot_product_attention(
+        widened(q_NHK).transpose(0, 1)[None],
+        k_GSK[None],
+        v_GSK[None],
+        attn_mask=seen.bias_NS,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return rounded(out_1HNK[0].transpose(0, 1), q_NHK.dtype)
 
 
 def _seen_keys(rows: TreeRows, page_size: int, chunk_size: int | None) -> list[_SeenKeys]:
@@ -101,21 +104,25 @@ def _seen_keys(rows: TreeRows, page_size: int, chunk_size: int | None) -> list[_
 def _seen_by_sequence(
     rows: TreeRows, b: int, own: slice, prefix: int, page_size: int, chunk_size: int | None
 ) -> _SeenKeys:
-    position_N = rows.positions_T[own]
-    num_rows, device = position_N.numel(), position_N.device
-    first = (
-        0 if chunk_size is None else min(prefix, int(position_N.min()) // chunk_size * chunk_size)
-    )
-    logical_S = torch.arange(first, prefix + num_rows, device=device)
-    slots = rows.page_table_BM[b, logical_S // page_size].long() * page_size + logical_S % page_size
-    start = int(slots[0])
-    if int(slots[-1]) - start == slots.numel() - 1 and bool((slots.diff() == 1).all()):
-        slots = slice(start, start + slots.numel())
+    """The root stands at position `prefix`, so no row looks further back than its chunk."""
+    end = prefix + own.stop - own.start
+    first = 0 if chunk_size is None else prefix // chunk_size * chunk_size
+    logical_S = torch.arange(first, end, device=rows.positions_T.device)
     bias_NS = None
-    if num_rows > 1:
+    if own.stop - own.start > 1:
         visible_NS = _visible(rows, own, prefix - first, logical_S, chunk_size)
-        bias_NS = torch.zeros(visible_NS.shape, device=device).masked_fill_(~visible_NS, -torch.inf)
-    return _SeenKeys(own, slots, bias_NS)
+        bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
+        bias_NS.masked_fill_(~visible_NS, -torch.inf)
+    return _SeenKeys(own, _flat_slots(rows.page_table_BM[b], logical_S, first, page_size), bias_NS)
+
+
+def _flat_slots(table_M: Tensor, logical_S: Tensor, first: int, page_size: int) -> Tensor | slice:
+    pages = table_M[first // page_size : (first + len(logical_S) - 1) // page_size + 1]
+    numbers = pages.tolist()
+    if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        start = numbers[0] * page_size + first % page_size
+        return slice(start, start + len(logical_S))
+    return table_M[logical_S // page_size].long() * page_size + logical_S % page_size
 
 
 def _visible(

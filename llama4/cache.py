@@ -80,6 +80,8 @@ class PagedKVCache:
             raise ValueError(
                 f"max_length: a cache of {shape} x 2 does not fit ({error})"
             ) from error
+        self.k_RCGK = self.k_LRCGK.unbind(0)  # one view per layer
+        self.v_RCGK = self.v_LRCGK.unbind(0)
         pages_R = torch.arange(num_pages, dtype=torch.int32, device=device)
         self.page_table_BM = pages_R.view(num_sequences, pages_per_sequence)
         self.lengths = [0] * num_sequences
@@ -108,7 +110,7 @@ class PagedKVCache:
 
     def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, slots_T: Tensor) -> None:
         """Writes the rows' keys and values of one layer."""
-        self._kv_append(k_TGK, v_TGK, self.k_LRCGK[layer], self.v_LRCGK[layer], slots_T)
+        self._kv_append(k_TGK, v_TGK, self.k_RCGK[layer], self.v_RCGK[layer], slots_T)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the rows `path` (ascending, from the root) of the last step; forgets the others."""
@@ -166,5 +168,5 @@ class PagedKVCache:
         """Physical slots (page * C + offset) of a sequence's logical slots."""
         logical = logical.to(self.page_table_BM.device)
         page_size = self.k_LRCGK.shape[2]
-        pages = self.page_table_BM[sequence, logical // page_size].long()
-        return pages * page_size + logical % page_size
+        pages = self.page_table_BM[sequence].index_select(0, logical // page_size)
+        return torch.add(logical % page_size, pages, alpha=page_size)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from aerie.llama4.json_fields import CheckpointError, read_json
+from aerie.llama4.packing import join_all
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -75,7 +76,8 @@ def load_weights(
     absent keeps the module's value. Raises CheckpointError.
     """
     found = read_tensors(folder, renaming)
-    expected = dict(module.named_parameters()) | _persistent_buffers(module)
+    tied = _tied(module)
+    expected = {k: v for k, v in module.state_dict().items() if k not in tied}
     expected = {k: v for k, v in expected.items() if k in found or k not in optional}
     problems = _differences(expected, found)
     fitting = [k for k, v in expected.items() if k in found and _fits_dtype(found[k], v)]
@@ -84,7 +86,7 @@ def load_weights(
     if problems:
         listed = "\n  ".join(problems[:MAX_LISTED])
         raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
-    tied = _tied(module)
+    join_all(module, loaded)
     module.load_state_dict(loaded, strict=False, assign=True)
     for alias, name in tied.items():
         owner, _, leaf = alias.rpartition(".")
@@ -178,11 +180,6 @@ def _tied(module: nn.Module) -> dict[str, str]:
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     everything = module.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in everything if name != first[id(p)]}
-
-
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    names = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in names}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:

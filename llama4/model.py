@@ -21,6 +21,7 @@ from aerie.llama4.checkpoint import Renaming, load_weights, resolve_folder
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.mlp import MLP
 from aerie.llama4.moe import MoE
+from aerie.llama4.packing import lay_out_for_eager
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Llama4ForCausalLM(nn.Module):
         with torch.device("meta"):
             model = cls(config, backend, device)
         load_weights(model, folder, RENAME, dtype, device)
+        if model.backend == "eager":
+            lay_out_for_eager(model)
         return model
 
     def forward(
