@@ -35,10 +35,12 @@ LLAMA = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 LLAMA4 = ("Llama4ForCausalLM", "Eagle3Llama4ForCausalLM")
 NOT_NULL = ("yoco_global_kv_layer", "yoco_local_kv_layer")  # refused even if 0, a layer's number
 UNSUPPORTED = ("sliding_window", "quantization_config", "parallel_drafting")
-UNSUPPORTED_FLAGS = ("norm_before_fc", "fc_norm", "norm_output")
+FEATURE_NORMS: dict[str, "FeatureNorm"] = {"norm_before_fc": "joint", "fc_norm": "per_tap"}
 TAP_COUNT_KEYS = ("num_aux_hidden_states", "num_aux_layers", "aux_state_multiplier")
 # what SpecForge's Llama 4 template, which has no such key, was trained with
 DEFAULT_ROPE_THETA = 10000.0
+
+FeatureNorm = Literal["none", "joint", "per_tap"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Eagle3Config:
     num_taps: int
     aux_hidden_state_layers: tuple[int, ...] | None  # None: the target's default
     norm_before_residual: bool
+    feature_norm: FeatureNorm  # in front of fc: over the concatenation, or one norm per tap
+    norm_output: bool  # the next level gets the normalised state
+    logit_scale: float
 
     @classmethod
     def from_pretrained(cls, folder: Path, target_num_layers: int) -> "Eagle3Config":
@@ -89,6 +94,9 @@ class Eagle3Config:
             num_taps=_num_taps(values, taps),
             aux_hidden_state_layers=taps,
             norm_before_residual=flag(values, "norm_before_residual", False),
+            feature_norm=_feature_norm(values),
+            norm_output=_flag(values, "norm_output"),
+            logit_scale=number(values, "logit_scale", 1.0),
         )
 
 
@@ -126,10 +134,8 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     refused += [key for key in UNSUPPORTED if values.get(key)]
     nested = section(values, "eagle_config")
     for part in (values, nested):
-        refused += [key for key in UNSUPPORTED_FLAGS if flag(part, key, False)]
         refused += [] if flag(part, "use_aux_hidden_state", True) else ["use_aux_hidden_state"]
     refused += ["norm_before_residual"] if flag(nested, "norm_before_residual", False) else []
-    refused += ["logit_scale"] if number(values, "logit_scale", 1.0) != 1.0 else []
     refused += ["layer_types"] if "sliding_attention" in strings(values, "layer_types") else []
     refused += ["hidden_act"] if values.get("hidden_act", "silu") != "silu" else []
     if refused:
@@ -137,6 +143,23 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
         raise CheckpointError(f"config keys of a draft variant that is not supported: {shown}")
     if integer(values, "num_hidden_layers", 1) != 1:
         raise CheckpointError("config key 'num_hidden_layers': an Eagle3 draft has exactly 1 layer")
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    """At the top level or in `eagle_config`."""
+    return flag(values, key, False) or flag(section(values, "eagle_config"), key, False)
+
+
+def _feature_norm(values: Mapping[str, Any]) -> FeatureNorm:
+    found = [key for key in FEATURE_NORMS if _flag(values, key)]
+    if len(found) > 1:
+        raise CheckpointError(f"config keys {found}: only one norm can stand in front of fc")
+    if _flag(values, "norm_output") and found != ["fc_norm"]:
+        raise CheckpointError(
+            "config key 'norm_output': true is read only beside fc_norm (EAGLE-3.1). SpecForge "
+            "wrote it for the norm in front of lm_head, which every draft has: set it to false"
+        )
+    return FEATURE_NORMS[found[0]] if found else "none"
 
 
 def _attention(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aerie.eagle3.checkpoint import RENAME, check_vocabulary_map, read_membership
 from aerie.eagle3.config import Eagle3Config
-from aerie.kernels.aux_projection import AuxProjection
+from aerie.kernels.aux_projection import AuxProjection, JointNorm, TapNorm
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
 from aerie.kernels.embedding import Embedding
@@ -37,10 +37,10 @@ from aerie.llama4.packing import lay_out_for_eager
 
 @dataclass(frozen=True)
 class DraftOutput:
-    """`post_norm_TD` feeds the head, `pre_norm_TD` the next level."""
+    """`post_norm_TD` feeds the head, `next_hidden_TD` the next level (un-normed by default)."""
 
     post_norm_TD: Tensor
-    pre_norm_TD: Tensor
+    next_hidden_TD: Tensor
 
 
 class Eagle3DecoderLayer(nn.Module):
@@ -89,6 +89,7 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         self.fc = AuxProjection(
             config.target_hidden_size, config.num_taps, width, False, self.backend
         )
+        self._add_feature_norms()
         self.midlayer = Eagle3DecoderLayer(config, self.backend)
         self.norm = RMSNorm(width, eps, self.backend)
         self.lm_head = Linear(width, config.draft_vocab_size, False, self.backend)
@@ -100,6 +101,17 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         self.register_buffer("inv_freq", inv_freq_J, persistent=False)
         self._rotation = pick(self.backend, rotation, rotation_ref)
         self._draft_vocab = pick(self.backend, draft_vocab, draft_vocab_ref)
+
+    def _add_feature_norms(self) -> None:
+        """Named as in checkpoints. They only hold weights: `fc` applies them while it reads."""
+        config, width = self.config, self.config.target_hidden_size
+        if config.feature_norm == "joint":
+            self.input_norm = RMSNorm(config.num_taps * width, config.rms_norm_eps, self.backend)
+        if config.feature_norm == "per_tap":
+            norms = [
+                RMSNorm(width, config.rms_norm_eps, self.backend) for _ in range(config.num_taps)
+            ]
+            self.fc_norm = nn.ModuleList(norms)
 
     @classmethod
     def from_pretrained(
@@ -148,6 +160,13 @@ class Eagle3Llama4ForCausalLM(nn.Module):
 
     def combine_hidden_states(self, aux_hidden_states: Sequence[Tensor]) -> Tensor:
         """fc over the taps (each [T, target width]); their concatenation is never built."""
+        eps = self.config.rms_norm_eps
+        match self.config.feature_norm:
+            case "joint":
+                return self.fc(aux_hidden_states, JointNorm(self.input_norm.weight, eps))
+            case "per_tap":
+                weights = tuple(norm.weight for norm in self.fc_norm)
+                return self.fc(aux_hidden_states, TapNorm(weights, eps))
         return self.fc(aux_hidden_states)
 
     def forward(self, input_ids_T: Tensor, hidden_states_TD: Tensor, step: Step) -> DraftOutput:
@@ -155,15 +174,17 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         turns = self._rotation(step.rows.positions_T, self.inv_freq)
         stream = self.midlayer(self.embed_tokens(input_ids_T), hidden_states_TD, turns, step)
         last = self.norm.add(stream.delta_TD, stream.residual_TD)
-        return DraftOutput(last.normed_TD, last.residual_TD)
+        next_hidden_TD = last.normed_TD if self.config.norm_output else last.residual_TD
+        return DraftOutput(last.normed_TD, next_hidden_TD)
 
     def top_tokens(self, post_norm_TD: Tensor, k: int) -> DraftTokens:
         """The k likeliest next tokens of each row as target ids, with draft log-probabilities."""
-        return self._draft_vocab(post_norm_TD, self.lm_head.weight, self.d2t, k)
+        scale = self.config.logit_scale
+        return self._draft_vocab(post_norm_TD, self.lm_head.weight, self.d2t, k, logit_scale=scale)
 
     def compute_draft_logits(self, post_norm_TD: Tensor) -> Tensor:
         """[T, U] logits over the draft vocabulary."""
-        return self.lm_head(post_norm_TD)
+        return self.lm_head(post_norm_TD) * self.config.logit_scale
 
     def allocate_cache(self, max_length: int, page_size: int = 64) -> PagedKVCache:
         """A one-layer cache in this draft's dtype and on its device."""

@@ -82,4 +82,4 @@ class ChainDrafter:
         output = self.draft(ids_T, hidden_TD, self.cache.causal_step(num_rows))
         self.cache.commit(0, range(num_rows))
         top = self.draft.top_tokens(output.post_norm_TD[-1:], 1)
-        return Level(output.pre_norm_TD[-1:], top.ids_TA.flatten())
+        return Level(output.next_hidden_TD[-1:], top.ids_TA.flatten())

@@ -120,6 +120,11 @@ def draft_shapes(config: dict[str, Any], target_width: int) -> dict[str, tuple[i
         "norm.weight": (width,),
         "lm_head.weight": (vocab, width),
     }
+    nested = config.get("eagle_config", {})
+    if config.get("norm_before_fc", nested.get("norm_before_fc")):
+        outside["input_norm.weight"] = (3 * target_width,)
+    if config.get("fc_norm"):
+        outside |= {f"fc_norm.{i}.weight": (target_width,) for i in range(3)}
     return outside | {f"midlayer.{name}": shape for name, shape in layer.items()}
 
 

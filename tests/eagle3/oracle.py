@@ -75,10 +75,17 @@ class DraftOracle:
 
     def features(self, taps) -> Tensor:
         """fc over the taps, concatenated in ascending layer order."""
-        return self.linear("fc", torch.cat(tuple(taps), -1))
+        if self.config.get("fc_norm"):
+            taps = [self.norm(f"fc_norm.{i}", tap) for i, tap in enumerate(taps)]
+        x = torch.cat(tuple(taps), -1)
+        return self.linear("fc", self.norm("input_norm", x) if self.has_joint_norm() else x)
+
+    def has_joint_norm(self) -> bool:
+        nested = self.config.get("eagle_config", {})
+        return self.config.get("norm_before_fc", nested.get("norm_before_fc", False))
 
     def forward(self, hidden: Tensor, tokens: Tensor, positions: Tensor):
-        """(pre-norm state, draft logits) of all rows; row i attends to the rows up to i."""
+        """(state for the next level, draft logits) of all rows; row i attends to rows up to i."""
         e = self.norm("midlayer.input_layernorm", self.embedding[tokens])
         g = self.norm("midlayer.hidden_norm", hidden)
         residual = g if self.config.get("norm_before_residual", False) else hidden
@@ -87,7 +94,9 @@ class DraftOracle:
         gate = functional.silu(self.linear("midlayer.mlp.gate_proj", x))
         x = self.linear("midlayer.mlp.down_proj", gate * self.linear("midlayer.mlp.up_proj", x))
         pre = residual + x
-        return pre, functional.linear(self.norm("norm", pre), self.head)
+        post = self.norm("norm", pre)
+        logits = functional.linear(post, self.head) * self.config.get("logit_scale", 1.0)
+        return (post if self.config.get("norm_output") else pre), logits
 
     def attention(self, x: Tensor, positions: Tensor) -> Tensor:
         config, rows = self.config, len(x)
@@ -127,7 +136,7 @@ class ChainOracle:
         self.tokens = torch.cat((self.tokens, next_ids))
 
     def levels(self, count: int) -> list[tuple[Tensor, Tensor, int]]:
-        """(pre-norm state, draft logits, proposed id) of each level; level 1 is the first pass."""
+        """(next state, draft logits, proposed id) of each level; level 1 is the first pass."""
         length = len(self.tokens)
         hidden, tokens, positions = self.hidden, self.tokens, torch.arange(length)
         found = []

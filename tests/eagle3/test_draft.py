@@ -35,6 +35,11 @@ CHUNKED = {"layer_types": ["chunked_attention"], "attention_chunk_size": 4}
 BOTH: dict[str, dict[str, Any]] = {
     "plain": {},
     "norm_before_residual": {"norm_before_residual": True},
+    "norm_before_fc": {"norm_before_fc": True},
+    "norm_before_fc nested": {"eagle_config": {"norm_before_fc": True}},
+    "fc_norm": {"fc_norm": True},
+    "EAGLE-3.1": {"fc_norm": True, "norm_output": True},
+    "logit_scale": {"logit_scale": 0.25},
     "bias": {"attention_bias": True},
     "no GQA": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "head_dim derived": {"head_dim": None},
@@ -65,7 +70,7 @@ CASES = {
 CHAIN_CASES = [
     f"{kind} {name}"
     for kind in ("llama", "llama4")
-    for name in ("plain", "norm_before_residual", "full vocabulary", "taps nested")
+    for name in ("plain", "norm_before_residual", "EAGLE-3.1", "full vocabulary", "taps nested")
 ] + ["llama4 no_rope_layers [0]"]
 
 
@@ -128,9 +133,9 @@ def check_levels(pair: Pair, num_levels: int, assert_close) -> None:
         if level == 0:
             assert_close(actual, first, TOLERANCE)
         assert_close(actual[-1], logits, TOLERANCE)
-        assert_close(output.pre_norm_TD[-1], pre, TOLERANCE)
+        assert_close(output.next_hidden_TD[-1], pre, TOLERANCE)
         assert ours.top_tokens(output.post_norm_TD[-1:], 1).ids_TA.tolist() == [[token]]
-        hidden, ids = output.pre_norm_TD[-1:], torch.tensor([token])
+        hidden, ids = output.next_hidden_TD[-1:], torch.tensor([token])
 
 
 @pytest.mark.parametrize("case", CASES)
