@@ -24,6 +24,7 @@ from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
 from aerie.kernels.embedding import Embedding
 from aerie.kernels.linear import Linear
+from aerie.kernels.qkv_projection import qkv_projection, qkv_projection_ref
 from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.attention import Attention
@@ -55,15 +56,25 @@ class Eagle3DecoderLayer(nn.Module):
         self.self_attn = Attention(config.attention, 0, backend)
         self.post_attention_layernorm = RMSNorm(width, eps, backend)
         self.mlp = MLP(width, config.intermediate_size, backend)
+        self._qkv_projection = pick(backend, qkv_projection, qkv_projection_ref)
 
     def forward(
-        self, embeds_TD: Tensor, hidden_TD: Tensor, turns: Rotation, step: Step
+        self, ids_T: Tensor, table_VD: Tensor, hidden_TD: Tensor, turns: Rotation, step: Step
     ) -> LayerOutput:
-        """The sum of the output's two parts is the recycled state."""
-        normed_TD = self.hidden_norm(hidden_TD)
-        both_TD = torch.cat((self.input_layernorm(embeds_TD), normed_TD), dim=-1)
-        attended_TD = self.self_attn(both_TD, turns, step)
-        residual_TD = normed_TD if self.norm_before_residual else hidden_TD
+        """`ids_T` are rows of the embedding `table_VD`; the output's two parts add up to `pre`."""
+        projection = self.self_attn.qkv_proj
+        qkv_TF = self._qkv_projection(
+            ids_T,
+            table_VD,
+            hidden_TD,
+            self.input_layernorm.weight,
+            self.hidden_norm.weight,
+            self.hidden_norm.eps,
+            projection.weight,
+            bias_F=projection.bias,
+        )
+        attended_TD = self.self_attn.attend(qkv_TF, turns, step)
+        residual_TD = self.hidden_norm(hidden_TD) if self.norm_before_residual else hidden_TD
         middle = self.post_attention_layernorm.add(attended_TD, residual_TD)
         return LayerOutput(self.mlp(middle.normed_TD), middle.residual_TD)
 
@@ -172,7 +183,8 @@ class Eagle3Llama4ForCausalLM(nn.Module):
     def forward(self, input_ids_T: Tensor, hidden_states_TD: Tensor, step: Step) -> DraftOutput:
         """One pass: each row takes its hidden state and the token of the *next* position."""
         turns = self._rotation(step.rows.positions_T, self.inv_freq)
-        stream = self.midlayer(self.embed_tokens(input_ids_T), hidden_states_TD, turns, step)
+        table_VD = self.embed_tokens.weight
+        stream = self.midlayer(input_ids_T, table_VD, hidden_states_TD, turns, step)
         last = self.norm.add(stream.delta_TD, stream.residual_TD)
         next_hidden_TD = last.normed_TD if self.config.norm_output else last.residual_TD
         return DraftOutput(last.normed_TD, next_hidden_TD)

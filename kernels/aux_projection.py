@@ -1,11 +1,15 @@
 """EAGLE-3's feature fusion: concatenate the tapped hidden states of the target and project them.
 
-    y = concat(tap_0, ..., tap_{I-1}) @ W^T + b = sum_i tap_i @ W[:, i*D:(i+1)*D]^T + b
+    y = concat(n_0(tap_0 + r_0), ..., n_{I-1}(tap_{I-1} + r_{I-1})) @ W^T + b
 
-EAGLE-3 (arXiv 2503.01840, section 3.1) fuses a low, a middle and a high layer this way. The kernel
-runs one K loop over all taps into one float32 accumulator, so the [T, I*D] concatenation is never
-materialised; the sum is rounded once, after the bias. The weight tile is the left operand, as in
-`linear`.
+EAGLE-3 (arXiv 2503.01840, section 3.1) fuses a low, a middle and a high layer this way. A tap may
+still be split in a hidden state and a residual r; n is nothing, one RMSNorm per tap (`fc_norm`), or
+one RMSNorm over the whole vector (`norm_before_fc`). The concatenation, the sums and the normed
+rows are never materialised: gains are multiplied in on load, the reciprocal RMS on the accumulator.
+
+The K loop and the split of the depth are those of `weight_stream`; a split never straddles taps, so
+the RMS of a tap belongs to its split. The last program to arrive adds the splits: a second kernel
+would be simpler, but its launch costs some percent of a product that takes tens of microseconds.
 
 Letters: T rows, I taps, D width of a tap, F output width.
 """
@@ -14,149 +18,206 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor, nn
 
+from aerie.kernels.aux_projection_kernel import MAX_TAPS, _aux_projection_kernel
 from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
-
-MAX_TAPS = 8
-
-
-def aux_projection_ref(
-    taps: Sequence[Tensor], weight_FI: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """The formula above in PyTorch, with the concatenation."""
-    return F.linear(torch.cat(list(taps), dim=-1), weight_FI, bias)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _aux_projection_kernel(
-    tap0_ptr,  # [T, D], as the seven below; those from NUM_TAPS on are not read
-    tap1_ptr,
-    tap2_ptr,
-    tap3_ptr,
-    tap4_ptr,
-    tap5_ptr,
-    tap6_ptr,
-    tap7_ptr,
-    weight_ptr,  # [F, I * D]
-    bias_ptr,  # [F], read if HAS_BIAS
-    out_ptr,  # [T, F]
-    stride_wf,
-    T,
-    D,
-    F,
-    NUM_TAPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[:, None]
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    in_features, is_row = f < F, t < T
-    weight_row_ptr, row = weight_ptr + f.to(tl.int64) * stride_wf, t.to(tl.int64) * D
-    num_steps = tl.cdiv(D, BLOCK_D)
-    total = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
-    for step in range(0, NUM_TAPS * num_steps):
-        tap = step // num_steps
-        d = step % num_steps * BLOCK_D + tl.arange(0, BLOCK_D)
-        tap_ptr = tap0_ptr
-        tap_ptr = tl.where(tap == 1, tap1_ptr, tap_ptr)
-        tap_ptr = tl.where(tap == 2, tap2_ptr, tap_ptr)
-        tap_ptr = tl.where(tap == 3, tap3_ptr, tap_ptr)
-        tap_ptr = tl.where(tap == 4, tap4_ptr, tap_ptr)
-        tap_ptr = tl.where(tap == 5, tap5_ptr, tap_ptr)
-        tap_ptr = tl.where(tap == 6, tap6_ptr, tap_ptr)
-        tap_ptr = tl.where(tap == 7, tap7_ptr, tap_ptr)
-        weight_mask, x_mask = in_features & (d < D)[None, :], is_row & (d < D)[:, None]
-        weight = tl.load(weight_row_ptr + tap * D + d[None, :], mask=weight_mask, other=0.0)
-        x = tl.load(tap_ptr + row + d[:, None], mask=x_mask, other=0.0)
-        total = tl.dot(weight, x, total, input_precision="ieee")
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + f, mask=in_features, other=0.0).to(tl.float32)
-    tl.store(out_ptr + t.to(tl.int64) * F + f, total, mask=in_features & is_row)
+from aerie.kernels.rms_norm import rms_norm_ref
+from aerie.kernels.stream_launch import (
+    LaunchConfig,
+    check_segments,
+    check_vector,
+    check_weight,
+    projected,
+    split_scratch,
+    stream_config,
+)
+from aerie.kernels.weight_stream import JOINT_NORM, NO_NORM, SEGMENT_NORM
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """Tile of the output (`BLOCK_F` x `BLOCK_T`) and depth of one step of the sum."""
+class TapNorm:
+    """One RMSNorm per tap, `weights[i]` is [D] (`fc_norm`)."""
 
-    BLOCK_F: int
-    BLOCK_T: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
+    weights: tuple[Tensor, ...]
+    eps: float
 
 
-def _launch_config(rows: int, itemsize: int) -> LaunchConfig:
-    """As `linear`: 64 weight rows, 16 to 64 columns, 128 bytes of depth.
+@dataclass(frozen=True)
+class JointNorm:
+    """One RMSNorm over the whole [I * D] vector (`norm_before_fc`)."""
 
-    All rows ride along with one pass over the weight up to 64. Not yet measured on a GPU.
-    """
-    block_t = min(64, max(16, triton.next_power_of_2(rows)))
-    return LaunchConfig(64, block_t, BLOCK_D=128 // itemsize, num_warps=4, num_stages=4)
+    weight_I: Tensor
+    eps: float
+
+
+Norm = TapNorm | JointNorm
+
+
+def aux_projection_ref(
+    taps: Sequence[Tensor],
+    weight_FI: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residuals: Sequence[Tensor] | None = None,
+    norm: Norm | None = None,
+    scale_F: Tensor | None = None,
+) -> Tensor:
+    """The formula above in PyTorch, with the concatenation; rounds where Hugging Face does."""
+    if residuals is not None:
+        taps = [tap + residual for tap, residual in zip(taps, residuals, strict=True)]
+    if isinstance(norm, TapNorm):
+        pairs = zip(taps, norm.weights, strict=True)
+        taps = [rms_norm_ref(tap, weight, norm.eps) for tap, weight in pairs]
+    rows = torch.cat(list(taps), dim=-1)
+    if isinstance(norm, JointNorm):
+        rows = rms_norm_ref(rows, norm.weight_I, norm.eps)
+    return projected(rows, weight_FI, bias, scale_F)
+
+
+def _launch_config(
+    rows: int,
+    features: int,
+    width: int,
+    num_taps: int,
+    itemsize: int,
+    weight_itemsize: int,
+    through_registers: bool,
+) -> LaunchConfig:
+    """The shared rule with a tap as a segment: three taps of 5120 to 5120 are 240 programs."""
+    return stream_config(
+        rows, features, width, num_taps, itemsize, weight_itemsize, through_registers
+    )
 
 
 @torch.library.custom_op("aerie::aux_projection", mutates_args=())
-def _aux_projection_op(taps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    check_launchable(weight)
-    (rows, width), columns = taps[0].shape, weight.shape[0]
-    out = taps[0].new_empty((rows, columns))
-    config = _launch_config(rows, weight.element_size())
-    if rows == 0:
-        return out
-    grid = (triton.cdiv(columns, config.BLOCK_F), triton.cdiv(rows, config.BLOCK_T))
+def _aux_projection_op(
+    taps: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    norm: int,
+    eps: float,
+) -> Tensor:
+    x = taps[0]
+    check_launchable(x)
+    (rows, width), features = x.shape, weight.shape[0]
+    out_TF = x.new_empty((rows, features))
+    config = _launch_config(
+        rows, features, width, len(taps), x.itemsize, weight.itemsize, bool(residuals or gains)
+    )
+    splits = config.PARTS * len(taps) if config.SPLIT else 1
+    grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), splits)
+    if out_TF.numel() == 0:
+        return out_TF
+    partials, arrivals = split_scratch(x, config, grid)
     _aux_projection_kernel[grid](
-        *taps,
-        *[taps[0]] * (MAX_TAPS - len(taps)),
+        *_eight(taps, x),
+        *_eight(residuals, x),
+        *_eight(gains, x),
         weight,
+        weight if scale is None else scale,
         weight if bias is None else bias,
-        out,
+        out_TF,
+        partials,
+        arrivals,
+        x.stride(0),
+        residuals[0].stride(0) if residuals else 0,
         weight.stride(0),
+        0 if scale is None or scale.numel() == 1 else 1,
         rows,
         width,
-        columns,
+        features,
+        eps,
         NUM_TAPS=len(taps),
+        NORM=norm,
+        HAS_RESIDUAL=len(residuals) > 0,
+        HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
+        PARTS=config.PARTS,
+        SPLIT=config.SPLIT,
         BLOCK_F=config.BLOCK_F,
         BLOCK_T=config.BLOCK_T,
         BLOCK_D=config.BLOCK_D,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out
+    return out_TF
+
+
+def _eight(tensors: Sequence[Tensor], filler: Tensor) -> list[Tensor]:
+    return [*tensors, *[filler] * (MAX_TAPS - len(tensors))]
 
 
 @_aux_projection_op.register_fake
-def _(taps: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(
+    taps: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    norm: int,
+    eps: float,
+) -> Tensor:
     return taps[0].new_empty((taps[0].shape[0], weight.shape[0]))
 
 
-def aux_projection(taps: Sequence[Tensor], weight_FI: Tensor, bias: Tensor | None = None) -> Tensor:
+def aux_projection(
+    taps: Sequence[Tensor],
+    weight_FI: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residuals: Sequence[Tensor] | None = None,
+    norm: Norm | None = None,
+    scale_F: Tensor | None = None,
+) -> Tensor:
     """Projection of the concatenated `taps` (each [T, D]); `weight_FI` is [F, I*D]; returns [T, F].
 
-    Raises ValueError on a shape, dtype or layout the kernel would read wrongly.
+    `residuals`, one per tap, are added first. An FP8 weight (float8_e4m3fn) comes with `scale_F`,
+    float32 [F] or [1]. Taps that share a row stride, as slices of one capture buffer do, are read
+    in place; others are copied. Raises ValueError on a shape, dtype, device or layout the kernel
+    would read wrongly.
     """
     if not 1 <= len(taps) <= MAX_TAPS:
         raise ValueError(f"taps: must be 1 to {MAX_TAPS} tensors, got {len(taps)}")
+    check_segments("taps", taps, taps[0])
     first = taps[0]
-    for i, tap in enumerate(taps):
-        if tap.ndim != 2 or tap.shape != first.shape or tap.dtype != weight_FI.dtype:
-            raise ValueError(
-                f"taps[{i}]: must be [T, D] {weight_FI.dtype} as taps[0] {tuple(first.shape)}, "
-                f"got {tuple(tap.shape)} {tap.dtype}"
-            )
+    if residuals is not None:
+        if len(residuals) != len(taps):
+            raise ValueError(f"residuals: must be {len(taps)} as the taps, got {len(residuals)}")
+        check_segments("residuals", residuals, first)
     columns = len(taps) * first.shape[1]
-    if weight_FI.shape[1:] != (columns,) or weight_FI.stride(-1) != 1:
-        raise ValueError(f"weight_FI: must be [F, {columns}], got {tuple(weight_FI.shape)}")
-    if bias is not None and (bias.shape != weight_FI.shape[:1] or not bias.is_contiguous()):
-        raise ValueError(
-            f"bias: must be a contiguous [{weight_FI.shape[0]}], got {tuple(bias.shape)}"
-        )
-    return _aux_projection_op([tap.contiguous() for tap in taps], weight_FI, bias)
+    check_weight("weight_FI", weight_FI, columns, first, scale_F, "scale_F")
+    check_vector("bias", bias, weight_FI.shape[0], first)
+    gains = _checked_gains(norm, taps)
+    mode = JOINT_NORM if isinstance(norm, JointNorm) else SEGMENT_NORM if norm else NO_NORM
+    return _aux_projection_op(
+        _with_one_stride(taps), _with_one_stride(residuals or []), gains, weight_FI, bias, scale_F,
+        mode.value, norm.eps if norm else 0.0,
+    )  # fmt: skip
+
+
+def _with_one_stride(tensors: Sequence[Tensor]) -> list[Tensor]:
+    strides = {tensor.stride(0) for tensor in tensors}
+    return list(tensors) if len(strides) <= 1 else [tensor.contiguous() for tensor in tensors]
+
+
+def _checked_gains(norm: Norm | None, taps: Sequence[Tensor]) -> list[Tensor]:
+    width = taps[0].shape[1]
+    if isinstance(norm, JointNorm):
+        check_vector("norm.weight_I", norm.weight_I, len(taps) * width, taps[0])
+        return list(norm.weight_I.split(width))
+    if norm is None:
+        return []
+    if len(norm.weights) != len(taps):
+        raise ValueError(f"norm.weights: must be {len(taps)} as the taps, got {len(norm.weights)}")
+    for i, weight in enumerate(norm.weights):
+        check_vector(f"norm.weights[{i}]", weight, width, taps[0])
+    return list(norm.weights)
 
 
 class AuxProjection(nn.Module):
@@ -171,5 +232,5 @@ class AuxProjection(nn.Module):
         self.bias = nn.Parameter(torch.empty(width_out), requires_grad=False) if bias else None
         self._project = pick(backend, aux_projection, aux_projection_ref)
 
-    def forward(self, taps: Sequence[Tensor]) -> Tensor:
-        return self._project(taps, self.weight, self.bias)
+    def forward(self, taps: Sequence[Tensor], norm: Norm | None = None) -> Tensor:
+        return self._project(taps, self.weight, self.bias, norm=norm)

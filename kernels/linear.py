@@ -2,107 +2,131 @@
 
     y = x W^T + b
 
-The weight tile is the left operand of every product and the rows are its columns (swap-AB): a
-Hopper GPU multiplies 64 rows of the left operand at a time, which a step of 1 to 16 tokens would
-leave mostly empty. Accumulation and the bias are float32; the result is rounded once.
+The K loop, FP8 weights and the split of the depth are those of `weight_stream`. Accumulation, FP8
+scale and bias are float32; the result is rounded once.
 
 Letters: T rows, D input width, F output width.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
 from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
+from aerie.kernels.stream_launch import (
+    LaunchConfig,
+    check_rows,
+    check_vector,
+    check_weight,
+    projected,
+    split_scratch,
+    stream_config,
+)
+from aerie.kernels.weight_stream import (
+    NO_NORM,
+    OFF,
+    ONE,
+    gather_splits,
+    scaled_and_biased,
+    steps_of_part,
+    stream_rows,
+)
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-def linear_ref(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+def linear_ref(
+    x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, scale_F: Tensor | None = None
+) -> Tensor:
     """The formula above in PyTorch."""
-    return F.linear(x_TD, weight_FD, bias_F)
+    return projected(x_TD, weight_FD, bias_F, scale_F)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
     x_ptr,  # [T, D]
     weight_ptr,  # [F, D]
+    scale_ptr,  # [F] or [1], read if HAS_SCALE
     bias_ptr,  # [F], read if HAS_BIAS
     y_ptr,  # [T, F]
+    partials_ptr,  # as in `gather_splits`
+    arrivals_ptr,  # [tiles]
     stride_xt,
     stride_wf,
+    stride_sf,
     T,
     D,
     F,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[None, :].to(tl.int64)
+    f = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[:, None]
     in_features, in_rows = f < F, t < T
-    weight_row_ptr = weight_ptr + f.to(tl.int64)[:, None] * stride_wf
-    x_row_ptr = x_ptr + t.to(tl.int64)[None, :] * stride_xt
-    total = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        in_depth = d < D
-        weight_mask = in_features[:, None] & in_depth[None, :]
-        x_mask = in_depth[:, None] & in_rows[None, :]
-        weight = tl.load(weight_row_ptr + d[None, :], mask=weight_mask, other=0.0)
-        x = tl.load(x_row_ptr + d[:, None], mask=x_mask, other=0.0)  # [BLOCK_D, BLOCK_T]
-        total = tl.dot(weight, x, total, input_precision="ieee")
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + f, mask=in_features, other=0.0).to(tl.float32)
-        total += bias[:, None]
-    y_tile_ptr = y_ptr + t.to(tl.int64)[None, :] * F + f[:, None]
-    tl.store(y_tile_ptr, total, mask=in_features[:, None] & in_rows[None, :])
+    x_row_ptr = x_ptr + t * stride_xt
+    weight_row_ptr = weight_ptr + f.to(tl.int64) * stride_wf
+    first, last = steps_of_part(tl.program_id(2), D, PARTS, BLOCK_D)
+    total, squares = stream_rows(
+        weight_row_ptr, x_row_ptr, x_row_ptr, x_ptr, in_features, in_rows, first, last, D,
+        OFF, OFF, BLOCK_F, BLOCK_T, BLOCK_D,
+    )  # fmt: skip
+    if PARTS > 1:
+        total, squares, is_last = gather_splits(
+            total,
+            squares,
+            partials_ptr,
+            arrivals_ptr,
+            D,
+            0.0,
+            NO_NORM,
+            ONE,
+            PARTS,
+            BLOCK_F,
+            BLOCK_T,
+        )
+        in_rows = t < tl.where(is_last, T, 0)
+    total = scaled_and_biased(
+        total, scale_ptr, bias_ptr, f, in_features, stride_sf, HAS_SCALE, HAS_BIAS
+    )
+    tl.store(y_ptr + t * F + f, total, mask=in_features & in_rows)
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile of the output (`BLOCK_F` x `BLOCK_T`) and depth of one step of the sum."""
-
-    BLOCK_F: int
-    BLOCK_T: int
-    BLOCK_D: int
-    num_warps: int
-    num_stages: int
-
-
-def _launch_config(rows: int, itemsize: int) -> LaunchConfig:
-    """64 weight rows, as many token columns as there are (16 to 64), 128 bytes of depth.
-
-    Chosen by shape so that four stages fit 100 KB of shared memory; not yet measured on a GPU.
-    """
-    block_t = min(64, max(16, triton.next_power_of_2(rows)))
-    return LaunchConfig(64, block_t, BLOCK_D=128 // itemsize, num_warps=4, num_stages=4)
+def _launch_config(
+    rows: int, features: int, depth: int, itemsize: int, weight_itemsize: int
+) -> LaunchConfig:
+    """The shared rule: a width of 5120 splits its depth in three, 32000 not. Not yet measured."""
+    return stream_config(rows, features, depth, 1, itemsize, weight_itemsize)
 
 
 @torch.library.custom_op("aerie::linear", mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     check_launchable(x)
     (rows, depth), features = x.shape, weight.shape[0]
     y_TF = x.new_empty(rows, features)
-    config = _launch_config(rows, x.element_size())
+    config = _launch_config(rows, features, depth, x.itemsize, weight.itemsize)
+    grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), config.PARTS)
     if y_TF.numel() > 0:
-        grid = (triton.cdiv(features, config.BLOCK_F), triton.cdiv(rows, config.BLOCK_T))
+        partials, arrivals = split_scratch(x, config, grid)
         _linear_kernel[grid](
             x,
             weight,
+            weight if scale is None else scale,
             weight if bias is None else bias,
             y_TF,
+            partials,
+            arrivals,
             x.stride(0),
             weight.stride(0),
+            0 if scale is None or scale.numel() == 1 else 1,
             rows,
             depth,
             features,
+            HAS_SCALE=scale is not None,
             HAS_BIAS=bias is not None,
+            PARTS=config.PARTS,
             BLOCK_F=config.BLOCK_F,
             BLOCK_T=config.BLOCK_T,
             BLOCK_D=config.BLOCK_D,
@@ -113,31 +137,22 @@ def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+def linear(
+    x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None, scale_F: Tensor | None = None
+) -> Tensor:
     """`x_TD @ weight_FD^T + bias_F`; returns [T, F] in the dtype of `x_TD`.
 
-    Raises ValueError on a shape, dtype or layout the kernel would read wrongly.
+    An FP8 weight (float8_e4m3fn) comes with `scale_F`, float32 [F] or [1]. Raises ValueError on a
+    shape, dtype, device or layout the kernel would read wrongly.
     """
-    for name, operand in (("x_TD", x_TD), ("weight_FD", weight_FD)):
-        if operand.ndim != 2 or operand.stride(-1) != 1 or operand.dtype not in DTYPES:
-            raise ValueError(
-                f"{name}: must be float32, float16 or bfloat16, two-dimensional, with a contiguous "
-                f"last dimension, got {operand.dtype} {tuple(operand.shape)} {operand.stride()}"
-            )
-    if weight_FD.shape[1] != x_TD.shape[1] or weight_FD.dtype != x_TD.dtype:
-        raise ValueError(
-            f"weight_FD: must be {x_TD.dtype} [F, {x_TD.shape[1]}] like x_TD, "
-            f"got {weight_FD.dtype} {tuple(weight_FD.shape)}"
-        )
-    if bias_F is not None and (bias_F.shape != weight_FD.shape[:1] or not bias_F.is_contiguous()):
-        raise ValueError(
-            f"bias_F: must be a contiguous [{weight_FD.shape[0]}], got {tuple(bias_F.shape)}"
-        )
-    return _linear_op(x_TD, weight_FD, bias_F)
+    check_rows("x_TD", x_TD)
+    check_weight("weight_FD", weight_FD, x_TD.shape[1], x_TD, scale_F, "scale_F")
+    check_vector("bias_F", bias_F, weight_FD.shape[0], x_TD)
+    return _linear_op(x_TD, weight_FD, bias_F, scale_F)
 
 
 class Linear(nn.Module):

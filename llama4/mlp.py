@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend, pick
+from aerie.kernels.gate_up import gate_up, gate_up_ref
 from aerie.kernels.linear import Linear
-from aerie.kernels.swiglu import swiglu, swiglu_ref
 from aerie.llama4.packing import PackedModule, Packing
 
 
@@ -17,8 +17,7 @@ class MLP(PackedModule):
         )
         self.gate_up_proj = Linear(width, 2 * inner_width, False, backend)
         self.down_proj = Linear(inner_width, width, False, backend)
-        self._swiglu = pick(backend, swiglu, swiglu_ref)
+        self._gate_up = pick(backend, gate_up, gate_up_ref)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, dim=-1)
-        return self.down_proj(self._swiglu(gate_TF, up_TF))
+        return self.down_proj(self._gate_up(x_TD, self.gate_up_proj.weight))

@@ -1,7 +1,8 @@
 """Shared fixtures. Without a GPU every kernel runs in Triton's interpreter, so all tests do.
 
 Outputs that the package allocates are filled with NaN (integers with their largest value) while
-tests run, so that an element no kernel wrote cannot pass by luck.
+tests run, so that an element no kernel wrote cannot pass by luck. Tests and cases marked `gpu` have
+the sizes of real models: they run where there is a GPU (`pytest -m gpu`) and are skipped elsewhere.
 """
 
 import os
@@ -12,6 +13,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: real sizes"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ WIDTH, VOCABULARY = 5120, 32000
 PROVIDERS = {"triton": draft_vocab, "eager": draft_vocab_ref}
 
 
-@pytest.mark.parametrize(("rows", "k"), [(1, 1), (1, 4), (4, 4), (10, 10), (64, 1)])
+@pytest.mark.parametrize(("rows", "k"), [(1, 1), (1, 4), (4, 4), (16, 8), (10, 10), (64, 1)])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_draft_vocab(provider, rows, k, measure, device, dtype):
     hidden = torch.randn(rows, WIDTH, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Llama 4's fused q/k/v projection, 5120 to 7168: the weights are nearly all of the bytes."""
+"""Llama 4's q/k/v (5120 to 7168) and output (5120 to 5120, split depth) projections."""
 
 import pytest
 import torch
@@ -6,15 +6,22 @@ import torch
 from aerie.kernels.linear import linear, linear_ref
 from bench.timer import Work
 
-DEPTH, WIDTH = 5120, 7168
+DEPTH = 5120
 PROVIDERS = {"triton": linear, "eager": linear_ref}
 
 
+@pytest.mark.parametrize("weight_dtype", ["dtype", "fp8"])
+@pytest.mark.parametrize("width", [5120, 7168])
 @pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def bench_linear(provider, rows, measure, device, dtype):
+def bench_linear(provider, rows, width, weight_dtype, measure, device, dtype):
     x = torch.randn(rows, DEPTH, device=device, dtype=dtype)
-    weight = torch.randn(WIDTH, DEPTH, device=device, dtype=dtype)
-    elements = WIDTH * DEPTH + rows * (DEPTH + WIDTH)
-    work = Work(bytes=elements * x.element_size(), flops=2 * rows * DEPTH * WIDTH)
-    measure(provider, work, PROVIDERS[provider], x, weight)
+    weight = torch.randn(width, DEPTH, device=device, dtype=dtype)
+    scale = None
+    if weight_dtype == "fp8":
+        weight = weight.to(torch.float8_e4m3fn)
+        scale = torch.rand(width, device=device)
+    moved = rows * (DEPTH + width) * x.element_size()
+    size = weight.numel() * weight.element_size()
+    work = Work(bytes=size + moved, flops=2 * rows * weight.numel())
+    measure(provider, work, PROVIDERS[provider], x, weight, None, scale)
