@@ -16,7 +16,7 @@ check: .venv/test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/test
-	$(BIN)/pytest bench -q --benchmark-json=bench/results/last.local.json
+	$(BIN)/pytest bench -q -rs --benchmark-json=bench/results/last.local.json
 	$(BIN)/python -m bench.report bench/results/last.local.json
 
 assets: .venv/test

@@ -1,52 +1,89 @@
-"""`python -m bench.report FILE.json`: what pytest-benchmark saved, as one aligned table.
+"""`python -m bench.report [FILE.json ...]`: what the benches saved, as tables and a picture.
 
-Times are medians: of the host call, and on a GPU also of the device (`device us`). GB/s and TFLOP/s
-count what the operation must at least move and compute, so a slow kernel cannot look busy.
+FILE.json            print its table (`--markdown`: the README's form)
+--png PICTURE.png    draw the roofline of the first file (needs matplotlib)
+--merge              put its rows into bench/results/<device>.json, by op, case and provider
+--readme             rewrite the marked blocks of README.md from bench/results/
 """
 
+import argparse
 import json
-import sys
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("benchmark", "host us", "device us", "GB/s", "TFLOP/s", "tok/s", "AL")
+from bench.environment import ROOT
+from bench.roofline import draw
+from bench.tables import generate_markdown, kernels_markdown, key, table
+
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+BLOCKS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    "kernels": kernels_markdown,
+    "generate": generate_markdown,
+}
 
 
-def rows(saved: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row of text per benchmark."""
-    return [_row(entry) for entry in saved["benchmarks"]]
+def committed_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All results but those of a run that was not kept (`*.local.json`)."""
+    paths = sorted(path for path in folder.glob("*.json") if ".local" not in path.name)
+    return [json.loads(path.read_text()) for path in paths]
 
 
-def _row(entry: dict[str, Any]) -> tuple[str, ...]:
-    info, host_us = entry["extra_info"], 1e6 * entry["stats"]["median"]
-    seconds = 1e-6 * info.get("device_us", host_us)
-    return (
-        entry["name"],
-        f"{host_us:.1f}",
-        _shown(info.get("device_us")),
-        _shown(info.get("bytes", 0) / seconds / 1e9 or None),
-        _shown(info.get("flops", 0) / seconds / 1e12 or None),
-        _shown(info.get("tokens_per_second")),
-        _shown(info.get("acceptance_length")),
-    )
+def with_blocks(readme: str, results: Sequence[dict[str, Any]]) -> str:
+    """`readme` with every marked block rewritten. Raises ValueError where a marker is missing."""
+    for name, render in BLOCKS.items():
+        start, stop = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        if readme.count(start) != 1 or readme.count(stop) != 1:
+            raise ValueError(f"README.md: must hold {start} and {stop} once each")
+        before, rest = readme.split(start)
+        readme = f"{before}{start}\n{render(results)}\n{stop}{rest.split(stop)[1]}"
+    return readme
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the rows of `new`; a row that was merely skipped keeps the older numbers."""
+    rows = {key(row): row for row in old.get("rows", [])}
+    for row in new["rows"]:
+        if not (row["status"].startswith("skipped") and key(row) in rows):
+            rows[key(row)] = row
+    return {"ceilings": new["ceilings"], "rows": [rows[name] for name in sorted(rows)]}
 
 
-def table(saved: dict[str, Any]) -> str:
-    """The aligned table under one line that names device, versions and commit."""
-    body = [COLUMNS, *rows(saved)]
-    widths = [max(len(row[i]) for row in body) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in body
-    ]
-    info = saved["benchmarks"][0]["extra_info"] if saved["benchmarks"] else {}
-    head = ", ".join(str(info.get(key, "?")) for key in ("device", "versions", "commit"))
-    return "\n".join([head, *(line.rstrip() for line in lines)])
+def results_path(saved: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """bench/results/<device>.json, the device's name in lower case and dashes."""
+    device = saved["rows"][0]["device"]
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def merge(saved: dict[str, Any], folder: Path = RESULTS) -> Path:
+    path = results_path(saved, folder)
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(merged(old, saved), indent=1) + "\n")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--png", type=Path)
+    for flag in ("--markdown", "--merge", "--readme"):
+        parser.add_argument(flag, action="store_true")
+    options = parser.parse_args(arguments)
+    if options.png and not options.files:
+        parser.error("--png: needs a FILE.json")
+    files = [json.loads(path.read_text()) for path in options.files]
+    for saved in files:
+        both = [render([saved]) for render in BLOCKS.values()]
+        print("\n".join(both) if options.markdown else table(saved))
+        if options.merge:
+            print(f"merged into {merge(saved)}")
+    if options.png:
+        draw(files[0], options.png)
+    if options.readme:
+        README.write_text(with_blocks(README.read_text(), committed_results()))
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    main()

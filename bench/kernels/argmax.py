@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from aerie.kernels.argmax import argmax, argmax_ref
+from bench.shapes import FEW_ROWS, V
 from bench.timer import Work
 
-VOCABULARY = 202048
 PROVIDERS = {"triton": argmax, "eager": argmax_ref}
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("rows", FEW_ROWS)
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_argmax(provider, rows, measure, device, dtype):
-    logits = torch.randn(rows, VOCABULARY, device=device, dtype=dtype)
-    work = Work(bytes=rows * VOCABULARY * logits.element_size() + 8 * rows)
+    logits = torch.randn(rows, V, device=device, dtype=dtype)
+    work = Work(bytes=rows * V * logits.element_size() + 8 * rows)
     measure(provider, work, PROVIDERS[provider], logits)

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from aerie.kernels.cache_commit import cache_commit, cache_commit_ref
+from bench.shapes import G, K, L
 from bench.timer import Work
 
-LAYERS, HEADS, HEAD_DIM, PAGES, PAGE_SIZE = 48, 8, 128, 16, 16
+PAGES, PAGE_SIZE = 16, 16
 PROVIDERS = {"triton": cache_commit, "eager": cache_commit_ref}
 
 
 @pytest.mark.parametrize("moved", [1, 4, 8])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_cache_commit(provider, moved, measure, device, dtype):
-    shape = (2, LAYERS, PAGES, PAGE_SIZE, HEADS, HEAD_DIM)
-    caches = torch.zeros(shape, device=device, dtype=dtype)
+    caches = torch.randn(2, L, PAGES, PAGE_SIZE, G, K, device=device, dtype=dtype)
     source = 100 + 3 * torch.arange(1, moved + 1, device=device)
     target = 100 + torch.arange(1, moved + 1, device=device)
-    work = Work(bytes=4 * moved * LAYERS * HEADS * HEAD_DIM * caches.element_size())
+    work = Work(bytes=4 * moved * L * G * K * caches.element_size())
     measure(provider, work, PROVIDERS[provider], caches[0], caches[1], source, target)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from aerie.kernels.router import router, router_ref
+from bench.shapes import FEW_ROWS
 from bench.timer import Work
 
 PROVIDERS = {"triton": router, "eager": router_ref}
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("rows", FEW_ROWS)
 @pytest.mark.parametrize("num_experts", [16, 128])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_router(provider, num_experts, rows, measure, device, dtype):

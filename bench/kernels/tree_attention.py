@@ -1,41 +1,45 @@
 """Verification attention of Llama 4, 40 query heads on 8 kv heads of 128: the keys and values.
 
 Global layers read the whole prefix, local ones the current chunk of 8192 at most. One sequence,
-pages of 16 tokens in shuffled order, a chain or a tree of 64 nodes with 4 children each.
+pages of 16 tokens in shuffled order, random data; a chain up to 5 rows, above that a tree with 4
+children each. The context counts the new rows: prefix = context - 64. A CPU gets the two shortest.
 """
 
 import pytest
 import torch
 
 from aerie.kernels.tree_attention import TreeRows, tree_attention, tree_attention_ref
+from bench.shapes import CHUNK, ON_GPU, ROWS, G, H, K
 from bench.timer import Work
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, CHUNK = 40, 8, 128, 16, 8192
+PAGE_SIZE, MAX_ROWS, LAST_CHAIN = 16, 64, 5
+GPU_CONTEXTS = [(1024, None), (8192, CHUNK), (32768, None), (131072, None), (131072, CHUNK)]
+CONTEXTS = GPU_CONTEXTS if ON_GPU else [(1024, None), (8192, CHUNK)]
 PROVIDERS = {"triton": tree_attention, "eager": tree_attention_ref}
 
 
-@pytest.mark.parametrize("chunk_size", [None, CHUNK], ids=["global", "local"])
-@pytest.mark.parametrize("prefix", [1024, 8000, 32000])
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize(("context", "chunk_size"), CONTEXTS)
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def bench_tree_attention(provider, rows, prefix, chunk_size, measure, device, dtype):
+def bench_tree_attention(provider, rows, context, chunk_size, measure, device, dtype):
+    prefix = context - MAX_ROWS  # all rows stay in the prefix's chunk
     pages = -(-(prefix + rows) // PAGE_SIZE)
-    caches = torch.randn(2, pages, PAGE_SIZE, KV_HEADS, HEAD_DIM, device=device, dtype=dtype)
-    q = torch.randn(rows, HEADS, HEAD_DIM, device=device, dtype=dtype)
+    caches = torch.randn(2, pages, PAGE_SIZE, G, K, device=device, dtype=dtype)
+    q = torch.randn(rows, H, K, device=device, dtype=dtype)
     step = _step(rows, prefix, pages, device)
     seen = prefix + rows - (prefix // chunk_size * chunk_size if chunk_size else 0)
-    moved = 2 * seen * KV_HEADS * HEAD_DIM + 2 * q.numel()
+    moved = 2 * seen * G * K + 2 * q.numel()
     work = Work(bytes=moved * q.element_size(), flops=4 * q.numel() * seen)
-    scale = HEAD_DIM**-0.5
-    measure(provider, work, PROVIDERS[provider], q, *caches, step, chunk_size, scale)
+    measure(provider, work, PROVIDERS[provider], q, *caches, step, chunk_size, K**-0.5)
 
 
 def _step(rows: int, prefix: int, pages: int, device: torch.device) -> TreeRows:
-    parents = [(n - 1) // (4 if rows > 5 else 1) for n in range(rows)]
+    children = 1 if rows <= LAST_CHAIN else 4
     words, depths = [1], [0]
     for n in range(1, rows):
-        words.append(words[parents[n]] | 1 << n)
-        depths.append(depths[parents[n]] + 1)
+        parent = (n - 1) // children
+        words.append(words[parent] | 1 << n)
+        depths.append(depths[parent] + 1)
     signed = [word - 2**64 if word >= 2**63 else word for word in words]
     return TreeRows(
         positions_T=prefix + torch.tensor(depths, device=device),
