@@ -60,3 +60,8 @@ def test_every_op_has_reference_test_and_bench(stem):
     assert "def _launch_config(" in source
     assert (ROOT / "tests" / "kernels" / f"test_{stem}.py").is_file()
     assert (ROOT / "bench" / "kernels" / f"{stem}.py").is_file()
+
+
+@pytest.mark.parametrize("stem", [p.stem for p in FILES if "@torch.library" in p.read_text()])
+def test_readme_lists_the_op(stem):
+    assert f"`{stem}`" in (ROOT / "README.md").read_text()
