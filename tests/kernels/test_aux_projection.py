@@ -118,7 +118,7 @@ def test_gains_meet_their_taps(norm, device):
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e6, 1e18])
 def test_normed_rows_of_any_magnitude(magnitude, device):
-    """Float16 operands of FP8 weights are scaled per column; float16 itself has no such rows."""
+    """On a GPU in bfloat16, whose float16 operands need a scale; float32 needs none."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     taps, weight, bias, _, norm, scale = _inputs((2, 2, 40, 20), device, dtype, "tap", False, True)
     _check(([tap * magnitude for tap in taps], weight, bias, None, norm, scale))
