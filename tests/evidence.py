@@ -285,7 +285,7 @@ def check_compiles(op: Callable, *arguments, again: tuple | None = None) -> None
         with (
             torch._dynamo.config.patch(error_on_recompile=number > 0),
             # equal sizes of unlike things are chance here, and must not be compiled in
-            fx_config.patch(use_duck_shape=False),
+            fx_config.patch(use_duck_shape=False),  # pyright: ignore[reportAttributeAccessIssue]
         ):
             results = compiled(*call), op(*call)
         for x, y in zip(*map(tensors, results), strict=True):

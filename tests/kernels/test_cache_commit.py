@@ -2,7 +2,8 @@
 
 Regimes: a path whose later targets are earlier sources (in-place order), a chain (nothing moves),
 several sequences on interleaved pages, skipped pairs, one pair, no pair, widths off a power of two
-and wider than a tile, layers with a gap between them, bad arguments.
+and on both sides of a tile, layers with a gap between them, slots and layers beyond 2^31 elements,
+writes outside the caches, bad arguments.
 """
 
 import pytest
@@ -14,6 +15,7 @@ from aerie.kernels.cache_commit import (
     cache_commit,
     cache_commit_ref,
 )
+from tests.evidence import VAST, check_compiles, guarded, on_gpu, same_bits, vast
 
 PATHS = {  # rows of a tree along a path, root first; -1 pads
     "overlapping": [0, 3, 4, 5, 9, 11],
@@ -34,10 +36,13 @@ def _check(caches, source, target):
     kept = source >= 0
     flat = expected.flatten(2, 3)
     flat[:, :, target[kept]] = flat[:, :, source[kept]].clone()
-    cache_commit(caches[0], caches[1], source, target)
+    in_place, check = guarded(caches.shape, caches.dtype, caches.device)
+    in_place.copy_(caches)
+    cache_commit(in_place[0], in_place[1], source, target)
     cache_commit_ref(by_ref[0], by_ref[1], source, target)
-    assert torch.equal(caches, expected)
-    assert torch.equal(by_ref, expected)
+    assert same_bits(in_place, expected)
+    assert same_bits(by_ref, expected)
+    check()
 
 
 def _slots(logical, page_table, device):
@@ -76,10 +81,29 @@ def test_several_sequences(device):
     _check(_caches(device), torch.cat(source), torch.cat(target))
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 5), (8, 160)], ids=str)
-def test_widths(heads, head_dim, device):
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (3, 5), (1, 1023), (1, 1024), (1, 1025), (8, 160), *on_gpu((8, 128))], ids=str
+)
+def test_widths(heads, device):
     source, target = torch.tensor([1, 5, 7], device=device), torch.tensor([1, 2, 3], device=device)
-    _check(_caches(device, 1, heads, head_dim), source, target)
+    _check(_caches(device, 1, *heads), source, target)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_slots_beyond_32_bit_offsets(layer, device):
+    """From a slot past 2^31 elements (or one of a layer past them) to slot 1 and back."""
+    pages = 2 if layer else VAST // 64 + 1  # of 4 slots of 16 elements each
+    stride = VAST // 2 if layer else 64 * pages
+    cache = vast(64 * (pages + 2), torch.float16, device).as_strided(
+        (layer + 1, pages, 4, 1, 16), (stride, 64, 16, 16, 1)
+    )
+    slots = cache[layer].view(-1, 16)
+    far = 4 * pages - 2
+    for value, (source, target) in enumerate(((far, 1), (1, far)), start=3):
+        slots[source] = value
+        source, target = (torch.tensor([x], device=device) for x in (source, target))
+        cache_commit(cache, cache, source, target)
+        assert slots[target].unique().tolist() == [value]
 
 
 def test_layers_with_a_gap(device):
@@ -99,6 +123,16 @@ def test_nan_moves_only_with_its_slot(device):
     assert caches.flatten(2, 3).isnan().any(dim=(0, 1, 3, 4)).nonzero().flatten().tolist() == [20]
 
 
+def test_compiles_once_for_all_path_lengths(device):
+    caches, slots = _caches(device), torch.arange(8, device=device)
+
+    def commit(source, target):
+        cache_commit(caches[0], caches[1], source, target)
+        return caches
+
+    check_compiles(commit, slots[2:4], slots[:2], again=(slots[3:], slots[:5]))
+
+
 def test_opcheck(device):
     caches = _caches(device)
     source, target = torch.tensor([3, 6], device=device), torch.tensor([1, 3], device=device)
@@ -114,8 +148,17 @@ def test_rejects_bad_arguments(device):
         cache_commit(k_cache, v_cache[:, :2], slots, slots)
     with pytest.raises(ValueError, match="source_slots_P: must be a contiguous int64"):
         cache_commit(k_cache, v_cache, slots.int(), slots)
+    with pytest.raises(ValueError, match="target_slots_P: must be a contiguous int64"):
+        cache_commit(k_cache, v_cache, slots, slots[:1].expand(2))
     with pytest.raises(ValueError, match="target_slots_P: must have the 2 entries"):
         cache_commit(k_cache, v_cache, slots, slots[:1])
+
+
+@pytest.mark.xfail(strict=True, reason="accepted today: the values' cache may have another dtype")
+def test_rejects_caches_of_two_dtypes(device):
+    caches, slots = _caches(device), torch.tensor([1], device=device)
+    with pytest.raises(ValueError, match="v_cache_LRCGK: must be"):
+        cache_commit(caches[0], caches[1].half(), slots, slots)
 
 
 @pytest.mark.parametrize("width", [1, 63, 1024, 5000])

@@ -1,22 +1,40 @@
 """Routed experts against their reference and against Hugging Face's Llama 4.
 
-Regimes: widths off a tile and several tiles deep, one choice and two, all rows on one expert, no
-rows, the score on the input and not on the output, an expert nobody chose holding NaN, NaN in one
-row, strided rows, bad arguments.
+Regimes: widths off a tile, on both sides of its edge and several tiles deep, one choice and two,
+all rows on one expert, no rows, the score on the input and not on the output, an expert nobody
+chose holding NaN, NaN and infinity in one row, strided and expanded rows, experts beyond 2^31
+elements, writes outside the output, unequal runs, bad arguments.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from aerie.kernels.experts import _experts_op, _launch_config, experts, experts_ref
 from aerie.kernels.router import Routing, router_ref
+from tests.evidence import (
+    VAST,
+    assert_as_accurate,
+    check_compiles,
+    check_rows_apart,
+    edges,
+    few_examples,
+    laid_out,
+    layouts,
+    on_gpu,
+    run_guarded,
+    same_bits,
+    vast,
+)
 
-CASES = [(1, 1, 4, 40, 33), (5, 1, 4, 100, 70), (3, 2, 3, 63, 130), (4, 3, 3, 16, 16)]  # T A E D F
-# six roundings to the dtype on the way, in sums of another order
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# T A E D F; 64 columns and 64 deep is a tile
+CASES = [(1, 1, 4, 40, 33), (5, 1, 4, 100, 70), (3, 2, 3, 63, 130), (4, 3, 3, 16, 16)]
+EDGES = [(2, 1, 2, 64, 64), (2, 1, 2, 65, 63)]
+REAL = on_gpu((1, 1, 16, 5120, 8192), (16, 1, 16, 5120, 8192), (64, 1, 32, 5120, 8192))
+TOLERANCE = 2e-6  # float32 sums of two libraries in another order
 
 
 def make_inputs(case, device, dtype=torch.float32):
@@ -39,18 +57,42 @@ def dense_experts(x, routing, gate_up, down, shared):
     return y
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_ref(case, device, dtypes, assert_close):
+@pytest.mark.parametrize("case", [*CASES, *EDGES, *REAL], ids=str)
+def test_as_accurate_as_eager(case, device, dtypes):
     for dtype in dtypes:
         inputs = make_inputs(case, device, dtype)
-        assert_close(experts(*inputs), experts_ref(*inputs), TOLERANCE[dtype])
+        actual = run_guarded(experts, *inputs)
+        assert_as_accurate(actual, dense_experts(*inputs), experts_ref(*inputs))
+
+
+@few_examples
+@given(edges(2, 3), edges(2, 2), edges(64, 70), edges(64, 70), layouts())
+def test_any_shape_and_layout(device, rows, choices, depth, width, layout):
+    torch.manual_seed(depth)
+    x, *rest, shared = make_inputs((rows, choices, 3, depth, width), device)
+    inputs = (laid_out(x, layout), *rest, laid_out(shared, layout))
+    actual = run_guarded(experts, *inputs, runs=1)
+    assert_as_accurate(actual, dense_experts(*inputs), experts_ref(*inputs))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
-def test_matches_the_formula(apply, case, device, assert_close):
+def test_ref_matches_the_formula(case, device, assert_close):
     inputs = make_inputs(case, device)
-    assert_close(apply(*inputs), dense_experts(*inputs).float(), TOLERANCE[torch.float32])
+    assert_close(experts_ref(*inputs), dense_experts(*inputs).float(), TOLERANCE)
+
+
+def test_expert_beyond_32_bit_offsets(device):
+    """The last of so many experts that the weights of both products begin past 2^31 elements."""
+    depth, width = 64, 32
+    x, routing, *weights, shared = make_inputs((2, 1, 1, depth, width), device, torch.float16)
+    last = VAST // (depth * width)
+    many = [vast(last * x[0].numel() - VAST + x[0].numel(), torch.float16, device) for x in weights]
+    far = [x.view(last + 1, *w.shape[1:]) for x, w in zip(many, weights, strict=True)]
+    for x_far, weight in zip(far, weights, strict=True):
+        x_far[last] = weight[0]
+    far_routing = Routing(torch.full_like(routing.ids_TA, last), routing.scores_TA)
+    expected = experts(x, routing, *weights, shared)
+    assert same_bits(experts(x, far_routing, *far, shared), expected)
 
 
 @pytest.mark.parametrize("choices", [1, 2])
@@ -68,7 +110,7 @@ def test_matches_hugging_face(apply, choices, assert_close, device):
         shared = moe.shared_expert(x)
     routing = router_ref(logits, choices)
     weights = moe.experts.gate_up_proj.data, moe.experts.down_proj.data
-    assert_close(apply(x, routing, *weights, shared), expected, TOLERANCE[x.dtype])
+    assert_close(apply(x, routing, *weights, shared), expected, TOLERANCE)
 
 
 def test_score_is_on_the_input(device):
@@ -94,18 +136,16 @@ def test_unchosen_expert_is_not_read(apply, device):
 def test_one_expert_chosen_by_all(apply, device, assert_close):
     x, routing, *rest = make_inputs((5, 2, 3, 24, 20), device)
     inputs = (x, Routing(torch.full_like(routing.ids_TA, 2), routing.scores_TA), *rest)
-    assert_close(apply(*inputs), dense_experts(*inputs).float(), TOLERANCE[torch.float32])
+    assert_close(apply(*inputs), dense_experts(*inputs).float(), TOLERANCE)
 
 
 @pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
 def test_nan_stays_in_its_row(apply, device):
     x, routing, *rest = make_inputs((4, 1, 2, 24, 20), device)
     routing = Routing(torch.tensor([[0], [0], [1], [0]], device=device).int(), routing.scores_TA)
-    clean = apply(x, routing, *rest)
+    check_rows_apart(lambda rows: apply(rows, routing, *rest), x, 1)
     x[1, 3] = torch.nan
-    poisoned = apply(x, routing, *rest)
-    assert torch.equal(poisoned[[0, 2, 3]], clean[[0, 2, 3]])
-    assert poisoned[1].isnan().all()
+    assert apply(x, routing, *rest)[1].isnan().all()
 
 
 @pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
@@ -117,7 +157,20 @@ def test_strided_rows(device):
     x, routing, gate_up, down, shared = make_inputs((3, 1, 2, 24, 20), device)
     wide = torch.cat((x, shared), dim=1)
     views = (wide[:, :24], routing, gate_up, down, wide[:, 24:])
-    assert torch.equal(experts(*views), experts(x, routing, gate_up, down, shared))
+    assert same_bits(experts(*views), experts(x, routing, gate_up, down, shared))
+    expanded = x[:1].expand(3, 24)
+    actual = experts(expanded, routing, gate_up, down, expanded)
+    assert same_bits(actual, experts(expanded.clone(), routing, gate_up, down, expanded.clone()))
+
+
+def test_compiles_once_for_all_row_counts(device):
+    x, routing, gate_up, down, shared = make_inputs((4, 1, 3, 24, 20), device)
+    two = Routing(routing.ids_TA[:2], routing.scores_TA[:2])
+    check_compiles(
+        experts,
+        *(x[:2], two, gate_up, down, shared[:2]),
+        again=(x, routing, gate_up, down, shared),
+    )
 
 
 def test_opcheck(device):
@@ -145,6 +198,17 @@ def test_rejects_bad_arguments(device):
     half_scores = Routing(routing.ids_TA, routing.scores_TA.half())
     with pytest.raises(ValueError, match="routing.scores_TA: must be torch.float32"):
         experts(x, half_scores, gate_up, down, shared)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="accepted today: computed in float32, and an integer result is truncated"
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_rejects_other_dtypes(dtype, device):
+    x, routing, gate_up, down, shared = make_inputs((2, 1, 3, 16, 12), device)
+    x, scores, *rest = (y.to(dtype) for y in (x, routing.scores_TA, gate_up, down, shared))
+    with pytest.raises(ValueError, match="x_TD: must be float32, float16 or bfloat16"):
+        experts(x, Routing(routing.ids_TA, scores), *rest)
 
 
 def test_launch_config():

@@ -1,22 +1,38 @@
 """RoPE (and the weightless norm) against its reference and against Hugging Face.
 
-Regimes: both layouts, with and without the norm, 5:1 heads, head dims off a power of two, more
-heads than a program takes, no rows, views of a fused projection, NaN in one head, bad arguments.
+Regimes: both layouts, with and without the norm, 5:1 heads, head dims off a power of two, heads on
+both sides of what a program takes, no rows, strided and expanded queries, NaN in one head, infinity
+in one row, writes outside the outputs, unequal runs, bad arguments.
 """
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm, apply_rotary_emb
 
 from aerie.kernels.rope import _launch_config, _rope_op, rope, rope_ref
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation_ref
+from tests.evidence import (
+    assert_as_accurate,
+    check_compiles,
+    check_rows_apart,
+    edges,
+    exact,
+    few_examples,
+    laid_out,
+    layouts,
+    on_gpu,
+    run_guarded,
+    same_bits,
+)
 
 EPS = 1e-5
-LAYOUTS = ["interleaved", "half"]
+PAIRINGS = ["interleaved", "half"]
 CASES = [(1, 10, 2, 32), (3, 5, 1, 16), (2, 3, 3, 24), (2, 40, 8, 96), (0, 4, 2, 16)]  # T, H, G, K
-# two roundings to the dtype (rotation, norm), each of which may fall to either neighbour
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+EDGES = [(1, 31, 33, 32), (3, 11, 1, 32)]  # 32 heads of 32 fill a program
+REAL = on_gpu((1, 40, 8, 128), (64, 40, 8, 128), (4096, 40, 8, 128))
 
 
 def make_inputs(case, device, dtype=torch.float32):
@@ -27,15 +43,29 @@ def make_inputs(case, device, dtype=torch.float32):
     return q, k, rotation_ref(positions, inverse_frequencies(head_dim, 1e4, None).to(device))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def _check(*arguments, runs=2):
+    actual = run_guarded(rope, *arguments, runs=runs)
+    truth, eager = exact(rope_ref, *arguments), rope_ref(*arguments)
+    assert_as_accurate(actual.q_THK, truth.q_THK, eager.q_THK)
+    assert_as_accurate(actual.k_TGK, truth.k_TGK, eager.k_TGK)
+    return actual
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("eps", [None, EPS], ids=["plain", "normed"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_ref(case, eps, layout, device, dtypes, assert_close):
+@pytest.mark.parametrize("case", [*CASES, *EDGES, *REAL], ids=str)
+def test_as_accurate_as_eager(case, eps, pairing, device, dtypes):
     for dtype in dtypes:
-        q, k, rotation = make_inputs(case, device, dtype)
-        actual, expected = (f(q, k, rotation, layout, eps) for f in (rope, rope_ref))
-        assert_close(actual.q_THK, expected.q_THK, TOLERANCE[dtype])
-        assert_close(actual.k_TGK, expected.k_TGK, TOLERANCE[dtype])
+        _check(*make_inputs(case, device, dtype), pairing, eps)
+
+
+@few_examples
+@given(edges(2, 3), edges(4, 9), st.sampled_from([2, 16, 62, 64, 66]), layouts(), st.booleans())
+def test_any_shape_and_layout(device, rows, heads, head_dim, layout, norm):
+    torch.manual_seed(heads)
+    q, k, rotation = make_inputs((rows, heads, 2, head_dim), device, torch.float16)
+    pairing, eps = PAIRINGS[heads % 2], EPS if norm else None
+    _check(laid_out(q, layout), laid_out(k, layout), rotation, pairing, eps, runs=1)
 
 
 def test_ref_equals_hugging_face_llama4():
@@ -57,16 +87,23 @@ def test_ref_equals_hugging_face_llama():
     torch.testing.assert_close(actual.k_TGK, expected[1][0].transpose(0, 1))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_views_of_a_fused_projection(layout, device, assert_close):
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_layout_changes_no_bit(pairing, device):
     _, _, rotation = make_inputs((3, 1, 1, 16), device)
     fused = torch.randn(3, 14 * 16, device=device)
     q, k = (x.unflatten(-1, (-1, 16)) for x in fused.split((10 * 16, 2 * 16, 2 * 16), dim=-1)[:2])
-    actual, expected = (f(q, k, rotation, layout, EPS) for f in (rope, rope_ref))
-    assert_close(actual.q_THK, expected.q_THK, TOLERANCE[q.dtype])
-    assert_close(actual.k_TGK, expected.k_TGK, TOLERANCE[q.dtype])
+    actual = _check(q, k, rotation, pairing, EPS)
     swapped = q.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(rope(swapped, k, rotation, layout, EPS).q_THK, actual.q_THK)
+    assert same_bits(rope(swapped, k, rotation, pairing, EPS).q_THK, actual.q_THK)
+    expanded = q[:, :1].expand(3, 10, 16)
+    actual = rope(expanded, k, rotation, pairing, EPS)
+    assert same_bits(actual.q_THK, rope(expanded.clone(), k, rotation, pairing, EPS).q_THK)
+
+
+def test_nan_and_infinity_stay_in_their_row(device):
+    q, k, rotation = make_inputs((3, 5, 1, 24), device)
+    check_rows_apart(lambda x: rope(x, k, rotation, "half", EPS), q, 1)
+    check_rows_apart(lambda x: rope(q, x, rotation, "interleaved", EPS), k, 1)
 
 
 def test_nan_stays_in_its_head(device):
@@ -83,6 +120,13 @@ def test_nan_stays_in_its_head(device):
 def test_norm_of_a_zero_head_is_zero(device):
     q, k, rotation = make_inputs((1, 2, 1, 16), device)
     assert not rope(torch.zeros_like(q), k, rotation, "half", EPS).q_THK.any()
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_compiles_once_for_all_row_counts(pairing, device):
+    q, k, rotation = make_inputs((5, 4, 2, 16), device)
+    two = Rotation(rotation.cos_TJ[:2], rotation.sin_TJ[:2])
+    check_compiles(rope, *(q[:2], k[:2], two, pairing, EPS), again=(q, k, rotation, pairing, EPS))
 
 
 def test_opcheck(device):
@@ -114,6 +158,23 @@ def test_rejects_bad_arguments(device):
     wide = Rotation(torch.ones(1, 129, device=device), torch.ones(1, 129, device=device))
     with pytest.raises(ValueError, match="at most 256"):
         rope(torch.ones(1, 1, 258, device=device), k, wide, "half", None)
+
+
+@pytest.mark.xfail(
+    run=False, reason="accepted today: the sines are read past their end, or as another dtype"
+)
+def test_rejects_sines_unlike_the_cosines(device):
+    q, k, rotation = make_inputs((2, 4, 2, 16), device)
+    for sin in (rotation.sin_TJ[:1], rotation.sin_TJ.half()):
+        with pytest.raises(ValueError, match="rotation: must be"):
+            rope(q, k, Rotation(rotation.cos_TJ, sin), "half", None)
+
+
+@pytest.mark.xfail(strict=True, reason="accepted today: computed in float32")
+def test_rejects_float64(device):
+    q, k, rotation = make_inputs((2, 4, 2, 16), device, torch.float64)
+    with pytest.raises(ValueError, match="q_THK: must be float32, float16 or bfloat16"):
+        rope(q, k, rotation, "half", None)
 
 
 @pytest.mark.parametrize("pairs", [1, 12, 64, 128])

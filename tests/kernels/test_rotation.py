@@ -1,11 +1,13 @@
 """Rotation angles against their reference, and frequencies against Hugging Face.
 
 Regimes: no scaling, a blended band, an empty band (low == high, where Hugging Face's own formula is
-0 / 0), positions far beyond a turn, pairs off a power of two, no rows, bad arguments.
+0 / 0), positions far beyond a turn, pairs off a power of two, rows on both sides of what a program
+takes, no rows, writes outside the outputs, unequal runs, bad arguments.
 """
 
 import pytest
 import torch
+from hypothesis import given
 from transformers import Llama4TextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding
@@ -18,9 +20,18 @@ from aerie.kernels.rotation import (
     rotation,
     rotation_ref,
 )
+from tests.evidence import (
+    assert_as_accurate,
+    check_compiles,
+    edges,
+    few_examples,
+    on_gpu,
+    run_guarded,
+)
 
-# sine and cosine of the same float32 angle by two libraries
-TOLERANCE = 1e-6
+TOLERANCE = 1e-6  # sine and cosine of the same float32 angle by two libraries
+CASES = [(1, 2), (5, 96), (7, 128), (8, 128), (9, 128), (33, 64), (0, 32)]  # T, K; 8 x 64 a program
+REAL = on_gpu((1, 128), (64, 128), (4096, 128))
 BASE = Llama3Scaling(8.0, 1.0, 4.0, 8192)
 SCOUT = Llama3Scaling(16.0, 1.0, 1.0, 8192)
 
@@ -51,23 +62,35 @@ def test_empty_band_is_never_nan():
     assert torch.equal(inverse_frequencies(64, 10000.0, scaling), plain_J / 16)
 
 
-@pytest.mark.parametrize("case", [(1, 2), (5, 96), (33, 64), (0, 32)], ids=str)
-def test_matches_ref(case, device, assert_close):
+def _check(positions, inv_freq):
+    actual, eager = run_guarded(rotation, positions, inv_freq), rotation_ref(positions, inv_freq)
+    angle = (positions.float()[:, None] * inv_freq).double()  # the angle is float32, as documented
+    assert_as_accurate(actual.cos_TJ, angle.cos(), eager.cos_TJ)
+    assert_as_accurate(actual.sin_TJ, angle.sin(), eager.sin_TJ)
+
+
+@pytest.mark.parametrize("case", [*CASES, *REAL], ids=str)
+def test_as_accurate_as_eager(case, device):
     rows, head_dim = case
     positions = torch.randint(10000, (rows,), device=device)
-    inv_freq = inverse_frequencies(head_dim, 500000.0, SCOUT).to(device)
-    actual, expected = rotation(positions, inv_freq), rotation_ref(positions, inv_freq)
-    assert_close(actual.cos_TJ, expected.cos_TJ, TOLERANCE)
-    assert_close(actual.sin_TJ, expected.sin_TJ, TOLERANCE)
+    _check(positions, inverse_frequencies(head_dim, 500000.0, SCOUT).to(device))
 
 
-def test_far_positions(device, assert_close):
+@few_examples
+@given(edges(8, 20), edges(64, 70))
+def test_any_shape(device, rows, pairs):
+    positions = torch.arange(rows, device=device) * 977
+    _check(positions, inverse_frequencies(2 * pairs, 10000.0, None).to(device))
+
+
+def test_far_positions(device):
     positions = torch.tensor([0, 8191, 8192, 131072, 10_485_759], device=device)
-    inv_freq = inverse_frequencies(128, 500000.0, None).to(device)
-    angle = (positions.float()[:, None] * inv_freq).double()  # the angle is float32, as documented
-    actual = rotation(positions, inv_freq)
-    assert_close(actual.cos_TJ, angle.cos().float(), TOLERANCE)
-    assert_close(actual.sin_TJ, angle.sin().float(), TOLERANCE)
+    _check(positions, inverse_frequencies(128, 500000.0, None).to(device))
+
+
+def test_compiles_once_for_all_row_counts(device):
+    positions, inv_freq = torch.arange(5, device=device), torch.ones(16, device=device)
+    check_compiles(rotation, positions[:2], inv_freq, again=(positions, inv_freq))
 
 
 def test_ref_equals_hugging_face():
@@ -90,6 +113,10 @@ def test_rejects_bad_arguments(device):
         rotation(positions.int(), inv_freq)
     with pytest.raises(ValueError, match="positions_T: must be a contiguous one-dimensional"):
         rotation(positions[::2], inv_freq)
+    with pytest.raises(ValueError, match="positions_T: must be a contiguous one-dimensional"):
+        rotation(positions[:1].expand(4), inv_freq)
+    with pytest.raises(ValueError, match="inv_freq_J: must be a contiguous one-dimensional"):
+        rotation(positions, inv_freq[::2])
     with pytest.raises(ValueError, match="inv_freq_J: must be .*float32"):
         rotation(positions, inv_freq.half())
     with pytest.raises(ValueError, match="head_dim: must be even"):

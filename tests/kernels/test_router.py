@@ -1,29 +1,57 @@
 """Router against its reference.
 
-Regimes: 1 to 256 experts on and off a power of two, one choice and several (up to all), more rows
-than a program takes, no rows, ties (lowest id first, signed zeros included), infinite logits, NaN
-in one row, strided rows, bad arguments.
+Regimes: 1 to 256 experts on and off a power of two, one choice and several (up to all), rows on
+both sides of what a program takes, no rows, ties (lowest id first, signed zeros included), infinite
+logits, NaN in one row, strided and expanded rows, writes outside the outputs, unequal runs, bad
+arguments.
 """
 
 import pytest
 import torch
+from hypothesis import given
 
 from aerie.kernels.router import MAX_EXPERTS, _launch_config, _router_op, router, router_ref
+from tests.evidence import (
+    assert_as_accurate,
+    check_compiles,
+    check_rows_apart,
+    edges,
+    exact,
+    few_examples,
+    laid_out,
+    layouts,
+    normal,
+    on_gpu,
+    run_guarded,
+    same_bits,
+)
 
+# rows, experts, choices; a program takes 16 rows of 16 experts
 CASES = [(1, 1, 1), (3, 16, 1), (40, 16, 2), (5, 7, 7), (2, 128, 1), (2, 256, 3), (0, 16, 1)]
-# a sigmoid by two libraries, rounded once to the dtype
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+EDGES = [(15, 16, 1), (16, 16, 1), (17, 16, 1), (3, 255, 1)]
+REAL = on_gpu((1, 16, 1), (64, 128, 1), (4096, 16, 1), (4096, 128, 1))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_ref(case, device, dtypes, assert_close):
+def _check(logits, choices):
+    actual, eager = run_guarded(router, logits, choices), router_ref(logits, choices)
+    assert actual.ids_TA.dtype == torch.int32
+    assert same_bits(actual.ids_TA, eager.ids_TA)
+    truth = exact(router_ref, logits, choices).scores_TA
+    assert_as_accurate(actual.scores_TA, truth, eager.scores_TA)
+
+
+@pytest.mark.parametrize("case", [*CASES, *EDGES, *REAL], ids=str)
+def test_as_accurate_as_eager(case, device, dtypes):
     rows, num_experts, choices = case
     for dtype in dtypes:
-        logits = torch.randn(rows, num_experts, device=device).to(dtype)
-        actual, expected = router(logits, choices), router_ref(logits, choices)
-        assert actual.ids_TA.dtype == torch.int32
-        assert torch.equal(actual.ids_TA, expected.ids_TA)
-        assert_close(actual.scores_TA, expected.scores_TA, TOLERANCE[dtype])
+        _check(torch.randn(rows, num_experts, device=device).to(dtype), choices)
+
+
+@few_examples
+@given(edges(16, 20), edges(16, 40), layouts())
+def test_any_shape_and_layout(device, rows, num_experts, layout):
+    logits = normal((rows, num_experts), torch.float16, device)
+    _check(laid_out(logits, layout), min(3, num_experts))
 
 
 @pytest.mark.parametrize("choose", [router, router_ref], ids=["triton", "eager"])
@@ -55,9 +83,18 @@ def test_nan_gives_a_nan_score_in_its_row(sign, choices, device):
     assert actual.scores_TA.isnan().nonzero().tolist() == [[1, 0]]
 
 
-def test_strided_rows(device):
-    logits = torch.randn(4, 40, device=device)[:, 3:14]
-    assert torch.equal(router(logits, 2).ids_TA, router_ref(logits, 2).ids_TA)
+def test_strided_and_expanded_rows(device):
+    _check(torch.randn(4, 40, device=device)[:, 3:14], 2)
+    _check(torch.randn(1, 11, device=device).expand(4, 11), 2)
+
+
+def test_nan_and_infinity_stay_in_their_row(device):
+    check_rows_apart(lambda x: router(x, 2), torch.randn(3, 9, device=device), 1)
+
+
+def test_compiles_once_for_all_row_counts(device):
+    logits = torch.randn(5, 16, device=device)
+    check_compiles(router, logits[:2], 1, again=(logits, 1))
 
 
 def test_opcheck(device):
@@ -79,6 +116,12 @@ def test_rejects_bad_arguments(device):
         router(logits, 0)
     with pytest.raises(ValueError, match=f"1 to {MAX_EXPERTS} experts, got {MAX_EXPERTS + 1}"):
         router(torch.randn(1, MAX_EXPERTS + 1, device=device), 1)
+
+
+@pytest.mark.xfail(strict=True, reason="accepted today: compared in float32, so close logits tie")
+def test_rejects_float64(device):
+    with pytest.raises(ValueError, match="logits_TE: must be float32, float16 or bfloat16"):
+        router(torch.ones(2, 3, device=device).double(), 1)
 
 
 @pytest.mark.parametrize("num_experts", [1, 7, 16, 128, 256])

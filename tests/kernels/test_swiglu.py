@@ -1,37 +1,64 @@
 """SwiGLU against its reference.
 
-Regimes: widths off a power of two and wider than a block, no rows, the halves of one fused tensor,
-saturated gates (exp overflows on one side), NaN in one row, bad arguments.
+Regimes: widths off a power of two and on both sides of a block, no rows, the halves of one fused
+tensor, expanded rows, saturated gates (exp overflows on one side), NaN and infinity in one row,
+writes outside the output, unequal runs, bad arguments.
 """
 
 import pytest
 import torch
+from hypothesis import given
 
 from aerie.kernels.swiglu import _launch_config, _swiglu_op, swiglu, swiglu_ref
+from tests.evidence import (
+    assert_as_accurate,
+    check_compiles,
+    check_rows_apart,
+    edges,
+    exact,
+    few_examples,
+    laid_out,
+    layouts,
+    normal,
+    on_gpu,
+    run_guarded,
+    same_bits,
+)
 
-SHAPES = [(1, 1), (3, 63), (2, 1500), (5, 128), (0, 64)]
-# exp and the division differ in the last bit, so silu may round to the neighbour in the dtype
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPES = [(1, 1), (3, 63), (2, 1023), (2, 1024), (2, 1025), (2, 1500), (5, 128), (0, 64)]
+REAL = on_gpu((1, 8192), (64, 8192), (64, 16384), (4096, 8192))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_ref(shape, device, dtypes, assert_close):
+def _check(gate, up):
+    actual = run_guarded(swiglu, gate, up)
+    assert_as_accurate(actual, exact(swiglu_ref, gate, up), swiglu_ref(gate, up))
+    return actual
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *REAL], ids=str)
+def test_as_accurate_as_eager(shape, device, dtypes):
     for dtype in dtypes:
-        gate, up = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-        assert_close(swiglu(gate, up), swiglu_ref(gate, up), TOLERANCE[dtype])
+        _check(*(torch.randn(shape, device=device).to(dtype) for _ in range(2)))
 
 
-def test_halves_of_one_tensor(device, assert_close):
+@few_examples
+@given(edges(4, 6), edges(64, 100), layouts(), layouts())
+def test_any_shape_and_layout(device, rows, width, layout, other_layout):
+    gate, up = (normal((rows, width), torch.float16, device, seed) for seed in (0, 1))
+    _check(laid_out(gate, layout), laid_out(up, other_layout))
+
+
+def test_layout_changes_no_bit(device):
     gate, up = torch.randn(4, 126, device=device).chunk(2, dim=-1)
-    assert_close(swiglu(gate, up), swiglu_ref(gate, up), TOLERANCE[gate.dtype])
-    assert torch.equal(swiglu(gate, up.contiguous()), swiglu(gate, up))  # two different row strides
+    dense = _check(gate.contiguous(), up.contiguous())
+    assert same_bits(swiglu(gate, up.contiguous()), dense)  # two different row strides
+    assert same_bits(swiglu(gate, up), dense)
+    assert same_bits(swiglu(gate[:1].expand(4, 63), up)[0], dense[0])
 
 
-def test_saturated_gates(device, assert_close):
+def test_saturated_gates(device):
     gate = torch.tensor([[-1e4, -200.0, -20.0, 0.0, 20.0, 200.0, 1e4]], device=device)
-    up = torch.ones_like(gate)
-    assert_close(swiglu(gate, up), swiglu_ref(gate, up), TOLERANCE[gate.dtype])
-    assert swiglu(gate, up)[0, :2].tolist() == [0.0, 0.0]
+    assert _check(gate, torch.ones_like(gate))[0, :2].tolist() == [0.0, 0.0]
 
 
 def test_silu_is_rounded_before_the_product(device, dtypes):
@@ -42,13 +69,17 @@ def test_silu_is_rounded_before_the_product(device, dtypes):
     assert matching > 0.98  # the rest: silu itself on the edge of a rounding
 
 
-def test_nan_stays_in_its_row(device):
+def test_nan_and_infinity_stay_in_their_row(device):
     gate, up = torch.randn(3, 40, device=device), torch.randn(3, 40, device=device)
-    clean = swiglu(gate, up)
+    check_rows_apart(lambda x: swiglu(x, up), gate, 1)
+    check_rows_apart(lambda x: swiglu(gate, x), up, 1)
     gate[1] = torch.nan
-    poisoned = swiglu(gate, up)
-    assert torch.equal(poisoned[[0, 2]], clean[[0, 2]])
-    assert poisoned[1].isnan().all()
+    assert swiglu(gate, up)[1].isnan().all()
+
+
+def test_compiles_once_for_all_row_counts(device):
+    gate, up = torch.randn(5, 48, device=device), torch.randn(5, 48, device=device)
+    check_compiles(swiglu, gate[:2], up[:2], again=(gate, up))
 
 
 def test_opcheck(device):
@@ -69,6 +100,13 @@ def test_rejects_bad_arguments(device):
         swiglu(x, x[:2])
     with pytest.raises(ValueError, match="up_TF: must match"):
         swiglu(x, x.half())
+
+
+@pytest.mark.xfail(strict=True, reason="accepted today: computed in float32")
+def test_rejects_float64(device):
+    x = torch.ones(2, 3, device=device).double()
+    with pytest.raises(ValueError, match="gate_TF: must be float32, float16 or bfloat16"):
+        swiglu(x, x)
 
 
 @pytest.mark.parametrize("width", [1, 63, 128, 16384])

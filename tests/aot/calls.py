@@ -1,0 +1,237 @@
+"""Representative calls of every op, at the widths of Llama 4 and its EAGLE-3 drafts.
+
+A new op is one function here, named as its module. `rows` is a size class of T and `kind` a dtype,
+or "fp8" for bfloat16 rows with FP8 weights; an op without FP8 weights makes no call for it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aerie.kernels import accept as _accept
+from aerie.kernels import argmax as _argmax
+from aerie.kernels import attention_temperature as _attention_temperature
+from aerie.kernels import aux_projection as _aux_projection
+from aerie.kernels import cache_commit as _cache_commit
+from aerie.kernels import draft_logits as _draft_logits
+from aerie.kernels import draft_vocab as _draft_vocab
+from aerie.kernels import embedding as _embedding
+from aerie.kernels import experts as _experts
+from aerie.kernels import gate_up as _gate_up
+from aerie.kernels import kv_append as _kv_append
+from aerie.kernels import linear as _linear
+from aerie.kernels import qkv_projection as _qkv_projection
+from aerie.kernels import rms_norm as _rms_norm
+from aerie.kernels import rope as _rope
+from aerie.kernels import rotation as _rotation
+from aerie.kernels import router as _router
+from aerie.kernels import row_filter as _row_filter
+from aerie.kernels import swiglu as _swiglu
+from aerie.kernels import target_probs as _target_probs
+from aerie.kernels import tree_attention as _tree_attention
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.bfloat16,
+}
+SIZES = (1, 5, 16, 64, 4096)  # classes of T: a token, a small tree, larger ones, a prompt
+H, G, K, D, F, E, V, U = 40, 8, 128, 5120, 8192, 16, 202048, 32000
+EPS = 1e-5
+
+
+def kinds(target: str) -> dict[str, tuple[int, ...]]:
+    """Size classes by dtype. sm_90 gets all; float16 takes the tiles of bfloat16, and float32 is no
+    served dtype, so the other targets leave them out. sm_80 has no FP8."""
+    served: dict[str, tuple[int, ...]] = {"bf16": SIZES}
+    if target != "sm_80":
+        served["fp8"] = SIZES
+    return served | {"fp16": (16,), "fp32": (16, 64)} if target == "sm_90" else served
+
+
+CALLS: dict[str, Callable[[int, str], None]] = {}
+STREAMED: set[str] = set()  # kernels whose time is the reading of a weight or of a cache
+
+
+def op(*streamed: str, fp8: bool = False):
+    """Registers the calls of the op that the function is named after."""
+
+    def register(call):
+        def made(rows: int, kind: str) -> None:
+            if fp8 or kind != "fp8":
+                call(rows, kind)
+
+        CALLS[call.__name__] = made
+        STREAMED.update(streamed)
+        return call
+
+    return register
+
+
+def floats(kind: str, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=DTYPES[kind])
+
+
+def weight(kind: str, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float8_e4m3fn if kind == "fp8" else DTYPES[kind])
+
+
+def scale(kind: str, features: int) -> Tensor | None:
+    return torch.empty(features) if kind == "fp8" else None
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@op()
+def accept(rows: int, kind: str) -> None:
+    ids = integers(min(rows, 64))
+    _accept.accept(ids, ids, ids, integers(2, dtype=torch.int32), 8)
+
+
+@op()
+def argmax(rows: int, kind: str) -> None:
+    _argmax.argmax(floats(kind, rows, V))
+
+
+@op()
+def attention_temperature(rows: int, kind: str) -> None:
+    q = floats(kind, rows, H, K)
+    _attention_temperature.attention_temperature(q, integers(rows), 8192.0, 0.1)
+
+
+@op("_aux_projection_kernel", fp8=True)
+def aux_projection(rows: int, kind: str) -> None:
+    x, matrix, scales = floats(kind, rows, D), weight(kind, D, 3 * D), scale(kind, D)
+    gains = floats(kind, 3 * D)
+    _aux_projection.aux_projection([x] * 3, matrix, scale_F=scales)
+    per_tap = _aux_projection.TapNorm(gains.split(D), EPS)
+    _aux_projection.aux_projection([x] * 3, matrix, residuals=[x] * 3, norm=per_tap, scale_F=scales)
+    if rows == 64:
+        joint = _aux_projection.JointNorm(gains, EPS)
+        _aux_projection.aux_projection([x] * 3, matrix, norm=joint, scale_F=scales)
+
+
+@op()
+def cache_commit(rows: int, kind: str) -> None:
+    layers, slots = floats(kind, 2, 4, 64, G, K), integers(rows)
+    _cache_commit.cache_commit(layers, layers, slots, slots)
+
+
+@op("_draft_logits_kernel", fp8=True)
+def draft_logits(rows: int, kind: str) -> None:
+    head, norm = weight(kind, U, D), _draft_logits.FinalNorm(floats(kind, D), EPS)
+    _draft_logits.draft_logits(floats(kind, rows, D), head, norm=norm, scale_U=scale(kind, U))
+
+
+@op("_draft_vocab_kernel", fp8=True)
+def draft_vocab(rows: int, kind: str) -> None:
+    hidden, head, d2t = floats(kind, rows, D), weight(kind, U, D), integers(U)
+    norm = _draft_logits.FinalNorm(floats(kind, D), EPS)
+    for k in (1, 8) if rows < 64 else (16,):
+        _draft_vocab.draft_vocab(hidden, head, d2t, k, norm=norm, scale_U=scale(kind, U))
+
+
+@op()
+def embedding(rows: int, kind: str) -> None:
+    _embedding.embedding(integers(rows), floats(kind, V, D))
+
+
+@op("_experts_gate_up_kernel", "_experts_down_kernel")
+def experts(rows: int, kind: str) -> None:
+    x, ids = floats(kind, rows, D), integers(rows, 1, dtype=torch.int32)
+    routing = _router.Routing(ids, floats(kind, rows, 1))
+    _experts.experts(x, routing, floats(kind, E, D, 2 * F), floats(kind, E, F, D), x)
+
+
+@op("_gate_up_kernel", fp8=True)
+def gate_up(rows: int, kind: str) -> None:
+    _gate_up.gate_up(floats(kind, rows, D), weight(kind, 2 * F, D), scale=scale(kind, 2 * F))
+
+
+@op()
+def kv_append(rows: int, kind: str) -> None:
+    k, cache = floats(kind, rows, G, K), floats(kind, 4, 64, G, K)
+    _kv_append.kv_append(k, k, cache, cache, integers(rows))
+
+
+@op("_linear_kernel", fp8=True)
+def linear(rows: int, kind: str) -> None:
+    _linear.linear(floats(kind, rows, D), weight(kind, D, D), None, scale(kind, D))
+
+
+@op("_qkv_projection_kernel", fp8=True)
+def qkv_projection(rows: int, kind: str) -> None:
+    features, gain = (H + 2 * G) * K, floats(kind, D)
+    _qkv_projection.qkv_projection(
+        integers(rows), floats(kind, U, D), floats(kind, rows, D), gain, gain, EPS,
+        weight(kind, features, 2 * D), scale(kind, features),
+    )  # fmt: skip
+
+
+@op()
+def rms_norm(rows: int, kind: str) -> None:
+    x, gain = floats(kind, rows, D), floats(kind, D)
+    _rms_norm.rms_norm(x, gain, EPS)
+    _rms_norm.add_rms_norm(x, x, gain, EPS)
+
+
+@op()
+def rope(rows: int, kind: str) -> None:
+    q, k = floats(kind, rows, H, K), floats(kind, rows, G, K)
+    angles = _rotation.Rotation(torch.empty(rows, K // 2), torch.empty(rows, K // 2))
+    _rope.rope(q, k, angles, "interleaved", EPS)  # Llama 4
+    _rope.rope(q, k, angles, "half", None)  # its drafts
+
+
+@op()
+def rotation(rows: int, kind: str) -> None:
+    _rotation.rotation(integers(rows), torch.empty(K // 2))
+
+
+@op()
+def router(rows: int, kind: str) -> None:
+    _router.router(floats(kind, rows, E), 1)
+
+
+@op()
+def row_filter(rows: int, kind: str) -> None:
+    per_row = torch.empty(rows)
+    logits, top_k = floats(kind, rows, V), integers(rows)
+    _row_filter.row_filter(logits, per_row)
+    _row_filter.row_filter(logits, per_row, top_k, per_row, per_row)
+
+
+@op()
+def swiglu(rows: int, kind: str) -> None:
+    _swiglu.swiglu(floats(kind, rows, F), floats(kind, rows, F))
+
+
+@op()
+def target_probs(rows: int, kind: str) -> None:
+    per_row = torch.empty(rows)
+    kept = _row_filter.RowFilter(
+        per_row, per_row, per_row, integers(rows, dtype=torch.int32), per_row
+    )
+    logits = floats(kind, rows, V)
+    _target_probs.target_probs(logits, integers(rows, 8), kept)
+    _target_probs.draft_vocab_probs(logits, integers(U), U, kept)
+
+
+@op("_tree_attention_kernel")
+def tree_attention(rows: int, kind: str) -> None:
+    q, cache = floats(kind, rows, H, K), floats(kind, 64, 64, G, K)
+    is_tree = 1 < rows <= 64  # one row and prompts are chains
+    step = _tree_attention.TreeRows(
+        positions_T=integers(rows),
+        row_starts_B1=integers(2, dtype=torch.int32),
+        prefix_lengths_B=integers(1, dtype=torch.int32),
+        page_table_BM=integers(1, 64, dtype=torch.int32),
+        ancestors_T=integers(rows) if is_tree else None,
+        max_rows=rows,
+    )
+    for chunk_size in (8192, None):  # the local and the global layers of Llama 4
+        _tree_attention.tree_attention(q, cache, cache, step, chunk_size, K**-0.5)

@@ -1,0 +1,105 @@
+"""What every compiled variant must be, and the named exceptions that today's kernels still need."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from triton.backends.compiler import GPUTarget
+
+from tests.aot.calls import STREAMED
+from tests.aot.machine_code import Facts
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_BYTES = {  # per program, what a launch may ask for
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+UNITS = {  # where the products of `tl.dot` must run, by the type of their operands
+    "sm_80": {"half": {"HMMA"}, "fp8": {"HMMA"}},
+    "sm_90": {"half": {"HGMMA"}, "fp8": {"QGMMA"}},
+    "sm_100": {"half": {"UTCHMMA"}, "fp8": {"UTCQMMA"}},
+    "gfx942": {"half": {"MFMA"}, "fp8": {"MFMA"}},
+}
+OPERANDS = {"bf16": "half", "f16": "half", "f8E4M3FN": "fp8", "f8E5M2": "fp8"}
+MOST_NARROW = 0.25  # of the bytes read: page numbers, positions, scales and the like
+RULES = {
+    "spills": "no spilled register, no local memory",
+    "shared": "shared memory under the limit of the target",
+    "units": "every half and FP8 product on the tensor-core unit of the target, none beside it",
+    "wide loads": "a streamed weight or cache is read 128 bits at a time, or in bulk",
+    "offsets": "an index times a stride is a product of 64 bits",
+}
+COMPILER_RULES = {"spills", "units", "wide loads"}  # what another version of Triton may change
+
+
+@dataclass(frozen=True)
+class Excepted:
+    """A rule that a kernel breaks today; patterns as in `fnmatch`."""
+
+    kernel: str
+    rule: str
+    target: str
+    kind: str
+    reason: str
+
+    def covers(self, kernel: str, rule: str, target: str, kind: str) -> bool:
+        wanted = (self.kernel, self.rule, self.target, self.kind)
+        return all(map(fnmatch, (kernel, rule, target, kind), wanted))
+
+
+SMALL_TILE = "16 or 32 packed rows: the unit multiplies 64 left rows at a time, so mma.sync it is"
+ONE_ROW = "a column of one weight row, at most taps * D: no position in a matrix"
+NARROW_FP8 = "FP8 tiles are copied 8 bytes at a time: the left operand is widened in registers"
+PROMPT = "128 x 128 tiles of a prompt: the accumulator and the widened weight fill the registers"
+AMD_GATHER = "rows found by an id or a page are read 8 bytes at a time on AMD, the weight 16"
+AMPERE = "tiles are chosen for sm_90; on sm_80 sums, operands and addresses share 255 registers"
+LARGE_TILE = "tiles of 32 packed rows and more were chosen on sm_90; AMD wants smaller ones"
+NO_DTYPE = "norm and residual at 64 rows; float32 is no served dtype"
+FOUR_ADDRESSES = "16 columns: ptxas parks four addresses in local memory at 72 registers"
+SCALE = "the position of a scale: its stride is 0 or 1"
+EXCEPTED = (
+    Excepted("_tree_attention_kernel", "units", "sm_90", "bf16", SMALL_TILE),
+    Excepted("_tree_attention_kernel", "units", "sm_100", "bf16", SMALL_TILE),
+    Excepted("_tree_attention_kernel", "spills", "sm_80", "bf16", AMPERE),
+    Excepted("_tree_attention_kernel", "spills", "gfx942", "bf16", LARGE_TILE),
+    Excepted("_tree_attention_kernel", "wide loads", "gfx942", "bf16", AMD_GATHER),
+    Excepted("_aux_projection_kernel", "spills", "sm_80", "bf16", AMPERE),
+    Excepted("_aux_projection_kernel", "spills", "sm_90", "fp8", PROMPT),
+    Excepted("_aux_projection_kernel", "spills", "sm_90", "fp32", NO_DTYPE),
+    Excepted("_aux_projection_kernel", "spills", "sm_100", "fp8", PROMPT),
+    Excepted("_aux_projection_kernel", "wide loads", "sm_90", "fp8", NARROW_FP8),
+    Excepted("_aux_projection_kernel", "offsets", "*", "*", ONE_ROW),
+    Excepted("_draft_logits_kernel", "wide loads", "sm_90", "fp8", NARROW_FP8),
+    Excepted("_draft_vocab_kernel", "wide loads", "sm_90", "fp8", NARROW_FP8),
+    Excepted("_gate_up_kernel", "spills", "sm_80", "bf16", AMPERE),
+    Excepted("_gate_up_kernel", "wide loads", "sm_90", "fp8", NARROW_FP8),
+    Excepted("_gate_up_kernel", "offsets", "*", "fp8", SCALE),
+    Excepted("_linear_kernel", "spills", "sm_100", "fp8", FOUR_ADDRESSES),
+    Excepted("_linear_kernel", "wide loads", "sm_90", "fp8", NARROW_FP8),
+    Excepted("_qkv_projection_kernel", "wide loads", "sm_90", "fp8", NARROW_FP8),
+    Excepted("_qkv_projection_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
+    Excepted("_qkv_projection_kernel", "offsets", "*", "*", ONE_ROW),
+)
+
+
+def broken_rules(kernel: str, target: str, facts: Facts) -> list[str]:
+    """The rules that one compiled variant breaks."""
+    operands = {OPERANDS[t] for t in facts.dot_types if t in OPERANDS}
+    wanted = set().union(*(UNITS[target][operand] for operand in operands))
+    # a product in float32 has its own units, or none
+    units_differ = set(facts.matrix) != wanted and not ("f32" in facts.dot_types and not wanted)
+    broken = {
+        "spills": facts.spills > 0,
+        "shared": facts.shared > SHARED_BYTES[target],
+        "units": units_differ,
+        "wide loads": kernel in STREAMED and facts.narrow_share > MOST_NARROW,
+        "offsets": bool(facts.narrow_offsets),
+    }
+    assert broken.keys() == RULES.keys()
+    return [rule for rule, is_broken in broken.items() if is_broken]
