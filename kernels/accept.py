@@ -168,10 +168,12 @@ def accept(
             raise ValueError(
                 f"{name}: must be a contiguous int64 [{rows}], got {tuple(x.shape)} {x.dtype}"
             )
-    if row_starts_B1.ndim != 1 or row_starts_B1.is_floating_point() or row_starts_B1.numel() == 0:
+    is_integer = not row_starts_B1.is_floating_point()
+    is_list = row_starts_B1.ndim == 1 and row_starts_B1.is_contiguous() and row_starts_B1.numel()
+    if not is_integer or not is_list:
         raise ValueError(
-            f"row_starts_B1: must be an integer [B + 1], "
-            f"got {tuple(row_starts_B1.shape)} {row_starts_B1.dtype}"
+            f"row_starts_B1: must be a contiguous integer [B + 1], "
+            f"got {tuple(row_starts_B1.shape)} {row_starts_B1.stride()} {row_starts_B1.dtype}"
         )
     if rows > MAX_ROWS * (row_starts_B1.numel() - 1):
         raise ValueError(

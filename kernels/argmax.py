@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_dtype, check_launchable
 
 
 def argmax_ref(logits_TV: Tensor) -> Tensor:
@@ -99,4 +99,5 @@ def argmax(logits_TV: Tensor) -> Tensor:
             f"logits_TV: must be [T, V] with V > 0 and a contiguous last dimension, "
             f"got shape {tuple(logits_TV.shape)} strides {logits_TV.stride()}"
         )
+    check_dtype("logits_TV", logits_TV)
     return _argmax_op(logits_TV)

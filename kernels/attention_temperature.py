@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable, rounded, widened
+from aerie.kernels.backend import check_dtype, check_launchable, rounded, widened
 
 
 def attention_temperature_ref(
@@ -110,11 +110,12 @@ def attention_temperature(
 
     Raises ValueError on a shape, dtype or layout the kernel would read wrongly.
     """
-    if q_THK.ndim != 3 or q_THK.stride(-1) != 1 or not q_THK.is_floating_point():
+    if q_THK.ndim != 3 or q_THK.stride(-1) != 1:
         raise ValueError(
-            f"q_THK: must be a floating point [T, H, K] with a contiguous last dimension, "
+            f"q_THK: must be [T, H, K] with a contiguous last dimension, "
             f"got {q_THK.dtype} {tuple(q_THK.shape)} strides {q_THK.stride()}"
         )
+    check_dtype("q_THK", q_THK)
     if (
         positions_T.shape != q_THK.shape[:1]
         or positions_T.dtype != torch.int64

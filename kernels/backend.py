@@ -14,6 +14,7 @@ import triton
 Backend = Literal["auto", "triton", "eager"]
 ResolvedBackend = Literal["triton", "eager"]
 Op = TypeVar("Op", bound=Callable)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of activations and unquantised weights
 
 NO_GPU = (
     "backend='triton' needs a GPU, and {device} is none: pass backend='eager' to run the PyTorch "
@@ -54,6 +55,12 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x.to(dtype)`, without the call into PyTorch where nothing would happen."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def check_dtype(name: str, x: torch.Tensor) -> None:
+    """Raises ValueError unless float32, in which the kernels compute, holds every value of `x`."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: must be float32, float16 or bfloat16, got {x.dtype}")
 
 
 def check_launchable(x: torch.Tensor) -> None:

@@ -109,10 +109,11 @@ def cache_commit(
     Raises ValueError on a shape, dtype or layout the kernel would read or write wrongly.
     """
     for name, cache in (("k_cache_LRCGK", k_cache_LRCGK), ("v_cache_LRCGK", v_cache_LRCGK)):
-        if cache.ndim != 5 or not cache[0].is_contiguous() or cache.shape != k_cache_LRCGK.shape:
+        is_alike = (cache.shape, cache.dtype) == (k_cache_LRCGK.shape, k_cache_LRCGK.dtype)
+        if cache.ndim != 5 or not cache[0].is_contiguous() or not is_alike:
             raise ValueError(
                 f"{name}: must be [L, R, C, G, K] with contiguous layers, as the other cache, "
-                f"got shape {tuple(cache.shape)} strides {cache.stride()}"
+                f"got {cache.dtype} {tuple(cache.shape)} strides {cache.stride()}"
             )
     for name, slots in (("source_slots_P", source_slots_P), ("target_slots_P", target_slots_P)):
         if slots.ndim != 1 or slots.dtype != torch.int64 or not slots.is_contiguous():

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
+from aerie.kernels.backend import ResolvedBackend, check_dtype, check_launchable, pick
 
 
 def embedding_ref(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
@@ -92,9 +92,11 @@ def embedding(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
         raise ValueError(
             f"ids_T: must be a contiguous int64 [T], got {ids_T.dtype} {tuple(ids_T.shape)}"
         )
-    if weight_VD.ndim != 2 or weight_VD.stride(-1) != 1 or not weight_VD.is_floating_point():
+    if weight_VD.dtype != torch.float8_e4m3fn:  # its rows are moved, too
+        check_dtype("weight_VD", weight_VD)
+    if weight_VD.ndim != 2 or weight_VD.stride(-1) != 1:
         raise ValueError(
-            f"weight_VD: must be a floating point [V, D] with a contiguous last dimension, "
+            f"weight_VD: must be [V, D] with a contiguous last dimension, "
             f"got {weight_VD.dtype} {tuple(weight_VD.shape)} strides {weight_VD.stride()}"
         )
     return _embedding_op(ids_T, weight_VD)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_dtype, check_launchable
 from aerie.kernels.router import Routing
 from aerie.kernels.swiglu import swiglu_ref
 
@@ -177,6 +177,7 @@ def experts(
 
 
 def _check(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, shared: Tensor) -> None:
+    check_dtype("x_TD", x_TD)
     if x_TD.ndim != 2:
         raise ValueError(f"x_TD: must be [T, D], got {tuple(x_TD.shape)}")
     if down.ndim != 3:

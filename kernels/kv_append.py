@@ -113,9 +113,11 @@ def kv_append(
     Raises ValueError on a shape, dtype or layout the kernel would read or write wrongly.
     """
     for name, cache in (("k_cache_RCGK", k_cache_RCGK), ("v_cache_RCGK", v_cache_RCGK)):
-        if cache.ndim != 4 or not cache.is_contiguous():
+        is_alike = cache.shape == k_cache_RCGK.shape
+        if cache.ndim != 4 or not cache.is_contiguous() or not is_alike:
             raise ValueError(
                 f"{name}: must be a contiguous [R, C, G, K] (one layer of a stacked cache is), "
+                f"as the other cache, "
                 f"got shape {tuple(cache.shape)} strides {cache.stride()}"
             )
     _check_rows("k_TGK", k_TGK, k_cache_RCGK)

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from aerie.kernels.backend import ResolvedBackend, check_launchable, pick, rounded, widened
+from aerie.kernels.backend import (
+    ResolvedBackend,
+    check_dtype,
+    check_launchable,
+    pick,
+    rounded,
+    widened,
+)
 
 MAX_WIDTH = 65536  # one program holds a row in registers
 
@@ -166,8 +173,11 @@ def _check(x_TD: Tensor, weight_D: Tensor) -> None:
             f"x_TD: must be [T, D] with a contiguous last dimension, "
             f"got shape {tuple(x_TD.shape)} strides {x_TD.stride()}"
         )
-    if x_TD.shape[1] > MAX_WIDTH:
-        raise ValueError(f"x_TD: width must be at most {MAX_WIDTH}, got {x_TD.shape[1]}")
+    check_dtype("x_TD", x_TD)
+    if not 1 <= x_TD.shape[1] <= MAX_WIDTH:
+        raise ValueError(
+            f"x_TD: width must be at least 1 and at most {MAX_WIDTH}, got {x_TD.shape[1]}"
+        )
     if weight_D.shape != x_TD.shape[1:] or not weight_D.is_contiguous():
         raise ValueError(
             f"weight_D: must be a contiguous [{x_TD.shape[1]}], got {tuple(weight_D.shape)}"

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable, rounded, widened
+from aerie.kernels.backend import check_dtype, check_launchable, rounded, widened
 from aerie.kernels.rms_norm import normalise_ref
 from aerie.kernels.rotation import Rotation
 
@@ -191,14 +191,19 @@ def rope(
     if k_TGK.dtype != q_THK.dtype:
         raise ValueError(f"k_TGK: must be {q_THK.dtype} like q_THK, got {k_TGK.dtype}")
     cos_TJ, sin_TJ = rotation.cos_TJ, rotation.sin_TJ
-    if not (cos_TJ.is_contiguous() and sin_TJ.is_contiguous()):
-        raise ValueError(f"rotation: must be contiguous, got strides {cos_TJ.stride()}")
+    for x_TJ in (cos_TJ, sin_TJ):
+        if x_TJ.shape != cos_TJ.shape or x_TJ.dtype != torch.float32 or not x_TJ.is_contiguous():
+            raise ValueError(
+                f"rotation: must be two contiguous float32 [T, J], "
+                f"got {x_TJ.dtype} {tuple(x_TJ.shape)} strides {x_TJ.stride()}"
+            )
     return RotatedHeads(
         *_rope_op(q_THK, k_TGK, cos_TJ, sin_TJ, layout == "interleaved", qk_norm_eps)
     )
 
 
 def _check(name: str, x_THK: Tensor, rotation: Rotation) -> None:
+    check_dtype(name, x_THK)
     rows, pairs = rotation.cos_TJ.shape
     if x_THK.ndim != 3 or x_THK.stride(-1) != 1:
         raise ValueError(

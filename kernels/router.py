@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable, rounded, widened
+from aerie.kernels.backend import check_dtype, check_launchable, rounded, widened
 
 MAX_EXPERTS = 256  # one program holds all logits of its rows in registers
 
@@ -129,9 +129,10 @@ def router(logits_TE: Tensor, experts_per_token: int) -> Routing:
 
     Raises ValueError on a count, shape, dtype or layout the kernel would read wrongly.
     """
-    if logits_TE.ndim != 2 or logits_TE.stride(-1) != 1 or not logits_TE.is_floating_point():
+    check_dtype("logits_TE", logits_TE)
+    if logits_TE.ndim != 2 or logits_TE.stride(-1) != 1:
         raise ValueError(
-            f"logits_TE: must be a floating point [T, E] with a contiguous last dimension, "
+            f"logits_TE: must be [T, E] with a contiguous last dimension, "
             f"got {logits_TE.dtype} {tuple(logits_TE.shape)} strides {logits_TE.stride()}"
         )
     num_experts = logits_TE.shape[1]

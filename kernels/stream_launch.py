@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from aerie.kernels.backend import DTYPES
+
 FP8 = torch.float8_e4m3fn
 SMS = 132  # of an H100 or H200; other GPUs get a slightly worse split, never a wrong result
 MAX_STAGES = 2 if torch.version.hip else 6  # AMD's local memory holds 64 KB

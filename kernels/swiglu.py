@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_dtype, check_launchable
 
 
 def swiglu_ref(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -90,9 +90,10 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     Raises ValueError on a shape, dtype or layout the kernel would read wrongly.
     """
     for name, x_TF in (("gate_TF", gate_TF), ("up_TF", up_TF)):
-        if x_TF.ndim != 2 or x_TF.stride(-1) != 1 or not x_TF.is_floating_point():
+        check_dtype(name, x_TF)
+        if x_TF.ndim != 2 or x_TF.stride(-1) != 1:
             raise ValueError(
-                f"{name}: must be a floating point [T, F] with a contiguous last dimension, "
+                f"{name}: must be [T, F] with a contiguous last dimension, "
                 f"got {x_TF.dtype} {tuple(x_TF.shape)} strides {x_TF.stride()}"
             )
     if up_TF.shape != gate_TF.shape or up_TF.dtype != gate_TF.dtype:

@@ -169,7 +169,7 @@ def test_rejects_bad_arguments(device):
         accept(tokens, tokens.repeat(2)[::2], tokens, starts, 3)
     with pytest.raises(ValueError, match="target_ids_T: must be a contiguous int64"):
         accept(tokens, tokens, tokens[:1].expand(3), starts, 3)
-    with pytest.raises(ValueError, match="row_starts_B1: must be an integer"):
+    with pytest.raises(ValueError, match="row_starts_B1: must be a contiguous integer"):
         accept(tokens, tokens, tokens, starts.float(), 3)
     with pytest.raises(ValueError, match="max_path: must be at least 1"):
         accept(tokens, tokens, tokens, starts, 0)
@@ -178,7 +178,6 @@ def test_rejects_bad_arguments(device):
         accept(many, many, many, starts, 3)
 
 
-@pytest.mark.xfail(run=False, reason="accepted today: every second row start is read wrongly")
 def test_rejects_strided_row_starts(device):
     tokens = torch.zeros(2, dtype=torch.int64, device=device)
     starts = torch.tensor([0, 9, 2], dtype=torch.int32, device=device)[::2]

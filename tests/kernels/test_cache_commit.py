@@ -154,7 +154,6 @@ def test_rejects_bad_arguments(device):
         cache_commit(k_cache, v_cache, slots, slots[:1])
 
 
-@pytest.mark.xfail(strict=True, reason="accepted today: the values' cache may have another dtype")
 def test_rejects_caches_of_two_dtypes(device):
     caches, slots = _caches(device), torch.tensor([1], device=device)
     with pytest.raises(ValueError, match="v_cache_LRCGK: must be"):

@@ -200,9 +200,6 @@ def test_rejects_bad_arguments(device):
         experts(x, half_scores, gate_up, down, shared)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="accepted today: computed in float32, and an integer result is truncated"
-)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
 def test_rejects_other_dtypes(dtype, device):
     x, routing, gate_up, down, shared = make_inputs((2, 1, 3, 16, 12), device)
