@@ -32,7 +32,7 @@ NO_KERNEL = ("empty", "view", "as_strided", "slice", "select", "split", "transpo
 def launches(profiled: profile) -> Counter[str]:
     """Kernels by name: those of Triton, and `aten::` operations outside of them."""
     found: Counter[str] = Counter()
-    for event in profiled.events():
+    for event in profiled.events() or ():
         inside = event.cpu_parent
         while inside is not None and not inside.name.startswith(LAUNCH):
             inside = inside.cpu_parent
