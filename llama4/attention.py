@@ -6,10 +6,13 @@ nodes of one depth agree; on a chain this equals transformers, which counts cach
 
 from torch import Tensor
 
-from aerie.kernels.attention_temperature import attention_temperature, attention_temperature_ref
+from aerie.kernels.attention_prologue import (
+    Temperature,
+    attention_prologue,
+    attention_prologue_ref,
+)
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.linear import Linear
-from aerie.kernels.rope import rope, rope_ref
 from aerie.kernels.rotation import Rotation
 from aerie.kernels.tree_attention import (
     MAX_HEAD_DIM,
@@ -36,11 +39,9 @@ class Attention(PackedModule):
             )
         self.spec = spec
         self.layer = layer
-        self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self.qkv_proj = Linear(spec.input_size, sum(parts.values()), spec.bias, backend)
         self.o_proj = Linear(query_size, spec.hidden_size, spec.bias, backend)
-        self._rope = pick(backend, rope, rope_ref)
-        self._temperature = pick(backend, attention_temperature, attention_temperature_ref)
+        self._prologue = pick(backend, attention_prologue, attention_prologue_ref)
         self._tree_attention = pick(backend, tree_attention, tree_attention_ref)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, step: Step) -> Tensor:
@@ -48,22 +49,25 @@ class Attention(PackedModule):
 
     def attend(self, qkv_TF: Tensor, rotation: Rotation, step: Step) -> Tensor:
         """What follows the projection of the inputs to packed queries, keys and values."""
-        spec = self.spec
-        heads_THK = qkv_TF.view(-1, sum(self.heads), spec.head_dim)
-        q_THK, k_TGK, v_TGK = heads_THK.split(self.heads, dim=1)
-        if spec.rotary_layout is not None:
-            heads = self._rope(q_THK, k_TGK, rotation, spec.rotary_layout, spec.qk_norm_eps)
-            q_THK, k_TGK = heads.q_THK, heads.k_TGK
-        if spec.temperature is not None:
-            floor_scale, scale = spec.temperature.floor_scale, spec.temperature.scale
-            q_THK = self._temperature(q_THK, step.rows.positions_T, floor_scale, scale)
-        step.cache.append(self.layer, k_TGK, v_TGK, step.slots_T)
+        spec, cache = self.spec, step.cache
+        k_RCGK, v_RCGK = cache.k_RCGK[self.layer], cache.v_RCGK[self.layer]
+        q_THK = self._prologue(
+            qkv_TF,
+            k_RCGK,
+            v_RCGK,
+            step.slots_T,
+            rotation=rotation if spec.rotary_layout is not None else None,
+            layout=spec.rotary_layout or "interleaved",
+            qk_norm_eps=spec.qk_norm_eps,
+            temperature=self._at(step.rows.positions_T),
+        )
         attended_THK = self._tree_attention(
-            q_THK,
-            step.cache.k_RCGK[self.layer],
-            step.cache.v_RCGK[self.layer],
-            step.rows,
-            spec.chunk_size,
-            spec.head_dim**-0.5,
+            q_THK, k_RCGK, v_RCGK, step.rows, spec.chunk_size, spec.head_dim**-0.5
         )
         return self.o_proj(attended_THK.flatten(-2))
+
+    def _at(self, positions_T: Tensor) -> Temperature | None:
+        temperature = self.spec.temperature
+        if temperature is None:
+            return None
+        return Temperature(positions_T, temperature.floor_scale, temperature.scale)

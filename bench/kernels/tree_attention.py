@@ -3,6 +3,7 @@
 Global layers read the whole prefix, local ones the current chunk of 8192 at most. One sequence,
 pages of 16 tokens in shuffled order, random data; a chain up to 5 rows, above that a tree with 4
 children each. The context counts the new rows: prefix = context - 64. A CPU gets the two shortest.
+`unsplit` is the same kernel with all keys of a tile of rows in one program.
 """
 
 import pytest
@@ -15,7 +16,15 @@ from bench.timer import Work
 PAGE_SIZE, MAX_ROWS, LAST_CHAIN = 16, 64, 5
 GPU_CONTEXTS = [(1024, None), (8192, CHUNK), (32768, None), (131072, None), (131072, CHUNK)]
 CONTEXTS = GPU_CONTEXTS if ON_GPU else [(1024, None), (8192, CHUNK)]
+
+
+def unsplit(*arguments):
+    return tree_attention(*arguments, num_splits=1)
+
+
 PROVIDERS = {"triton": tree_attention, "eager": tree_attention_ref}
+if ON_GPU:  # an interpreted kernel has no time
+    PROVIDERS["unsplit"] = unsplit
 
 
 @pytest.mark.parametrize(("context", "chunk_size"), CONTEXTS)

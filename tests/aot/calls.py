@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aerie.kernels import accept as _accept
 from aerie.kernels import argmax as _argmax
+from aerie.kernels import attention_prologue as _prologue
 from aerie.kernels import attention_temperature as _attention_temperature
 from aerie.kernels import aux_projection as _aux_projection
 from aerie.kernels import cache_commit as _cache_commit
@@ -221,9 +222,32 @@ def target_probs(rows: int, kind: str) -> None:
     _target_probs.draft_vocab_probs(logits, integers(U), U, kept)
 
 
-@op("_tree_attention_kernel")
+@op(fp8=True)
+def attention_prologue(rows: int, kind: str) -> None:
+    angles = _rotation.Rotation(torch.empty(rows, K // 2), torch.empty(rows, K // 2))
+    nope = _prologue.Temperature(integers(rows), 8192.0, 0.1)
+    for options in (
+        {"rotation": angles, "layout": "interleaved", "qk_norm_eps": 1e-5},
+        {"temperature": nope},
+        {"rotation": angles, "layout": "half"},  # a draft of the llama kind
+    ):
+        _prologue.attention_prologue(
+            floats(kind, rows, (H + 2 * G) * K),
+            weight(kind, 64, 64, G, K),
+            weight(kind, 64, 64, G, K),
+            integers(rows),
+            **options,
+            **kv_scales(kind),
+        )
+
+
+def kv_scales(kind: str) -> dict[str, Tensor]:
+    return {"k_scale": torch.empty(1), "v_scale": torch.empty(1)} if kind == "fp8" else {}
+
+
+@op("_tree_attention_kernel", fp8=True)
 def tree_attention(rows: int, kind: str) -> None:
-    q, cache = floats(kind, rows, H, K), floats(kind, 64, 64, G, K)
+    q, cache = floats(kind, rows, H, K), weight(kind, 64, 64, G, K)
     is_tree = 1 < rows <= 64  # one row and prompts are chains
     step = _tree_attention.TreeRows(
         positions_T=integers(rows),
@@ -234,4 +258,6 @@ def tree_attention(rows: int, kind: str) -> None:
         max_rows=rows,
     )
     for chunk_size in (8192, None):  # the local and the global layers of Llama 4
-        _tree_attention.tree_attention(q, cache, cache, step, chunk_size, K**-0.5)
+        _tree_attention.tree_attention(
+            q, cache, cache, step, chunk_size, K**-0.5, **kv_scales(kind)
+        )

@@ -16,8 +16,7 @@ LAUNCH = "triton launch"
 EXPECTED = {
     "_rotation_kernel": 1,
     "_qkv_projection_kernel": 1,
-    "_rope_kernel": 1,
-    "_kv_append_kernel": 1,
+    "_attention_prologue_kernel": 1,
     "_tree_attention_kernel": 1,
     "_linear_kernel": 2,  # o_proj, down_proj
     "_rms_norm_kernel": 2,  # after the attention, and the final norm

@@ -1,0 +1,91 @@
+"""Where the rows of one step stand in their sequences, and which keys each of them sees.
+
+The kernel reads `TreeRows` as it is. The reference turns it into explicit slots and masks, once per
+step, as all layers of the step share them.
+
+Letters: T rows, B sequences, N rows of one sequence, S keys, M pages per sequence.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_TREE_ROWS = 64  # bits of an ancestor word
+
+
+@dataclass(frozen=True, eq=False)
+class TreeRows:
+    """Where the T query rows of one step stand. All layers of the step share one instance."""
+
+    positions_T: Tensor  # int64, prefix + depth, not the slot; consecutive if ancestors_T is None
+    row_starts_B1: Tensor  # int32, rows of sequence b are row_starts[b] : row_starts[b + 1]
+    prefix_lengths_B: Tensor  # int32, keys already committed in the cache
+    page_table_BM: Tensor  # int32, page of every C logical slots; unused entries may hold anything
+    ancestors_T: Tensor | None  # int64, bit j = sees new row j of its sequence; None = causal
+    max_rows: int  # host bound on the rows of a sequence: the grid's size
+    _seen: dict = field(default_factory=dict, init=False, repr=False)  # memo of `seen_keys`
+
+
+@dataclass(frozen=True)
+class SeenKeys:
+    """What the rows of one sequence read: slots, and an additive mask unless all see all."""
+
+    rows: slice
+    slots: Tensor | slice  # flat; a slice where they follow each other, which needs no gather
+    bias_NS: Tensor | None
+
+
+def seen_keys(rows: TreeRows, page_size: int, chunk_size: int | None) -> list[SeenKeys]:
+    """Built once per step and chunk size, then shared by all layers."""
+    if (page_size, chunk_size) not in rows._seen:
+        starts, prefixes = rows.row_starts_B1.tolist(), rows.prefix_lengths_B.tolist()
+        rows._seen[page_size, chunk_size] = [
+            _seen_by_sequence(rows, b, slice(*starts[b : b + 2]), prefix, page_size, chunk_size)
+            for b, prefix in enumerate(prefixes)
+            if starts[b] < starts[b + 1]
+        ]
+    return rows._seen[page_size, chunk_size]
+
+
+def _seen_by_sequence(
+    rows: TreeRows, b: int, own: slice, prefix: int, page_size: int, chunk_size: int | None
+) -> SeenKeys:
+    """The root stands at position `prefix`, so no row looks further back than its chunk."""
+    end = prefix + own.stop - own.start
+    first = 0 if chunk_size is None else prefix // chunk_size * chunk_size
+    logical_S = torch.arange(first, end, device=rows.positions_T.device)
+    bias_NS = None
+    if own.stop - own.start > 1:
+        visible_NS = _visible(rows, own, prefix - first, logical_S, chunk_size)
+        bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
+        bias_NS.masked_fill_(~visible_NS, -torch.inf)
+    return SeenKeys(own, _flat_slots(rows.page_table_BM[b], logical_S, first, page_size), bias_NS)
+
+
+def _flat_slots(table_M: Tensor, logical_S: Tensor, first: int, page_size: int) -> Tensor | slice:
+    pages = table_M[first // page_size : (first + len(logical_S) - 1) // page_size + 1]
+    numbers = pages.tolist()
+    if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        start = numbers[0] * page_size + first % page_size
+        return slice(start, start + len(logical_S))
+    return table_M[logical_S // page_size].long() * page_size + logical_S % page_size
+
+
+def _visible(
+    rows: TreeRows, own: slice, num_prefix: int, logical_S: Tensor, chunk_size: int | None
+) -> Tensor:
+    position_N = rows.positions_T[own]
+    j_N = torch.arange(position_N.numel(), device=position_N.device)
+    if rows.ancestors_T is None:
+        related_NN = j_N <= j_N[:, None]
+    else:
+        related_NN = (rows.ancestors_T[own][:, None] >> j_N) & 1 == 1
+    visible_NS = F.pad(related_NN, (num_prefix, 0), value=True)
+    if chunk_size is not None:
+        key_position_S = torch.cat([logical_S[:num_prefix], position_N])
+        visible_NS = visible_NS & (
+            key_position_S >= (position_N // chunk_size * chunk_size)[:, None]
+        )
+    return visible_NS
