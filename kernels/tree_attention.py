@@ -81,11 +81,12 @@ def _attend_ref(
 ) -> Tensor:
     q_HNK = widened(q_NHK).transpose(0, 1)
     k_GSK, v_GSK = (_gathered(*cache, seen, q_HNK.dtype) for cache in caches)
+    bias_NS = seen.bias_NS  # PyTorch misreads a mask of another float type, and says nothing
     out_1HNK = F.scaled_dot_product_attention(
         q_HNK[None],
         k_GSK[None],
         v_GSK[None],
-        attn_mask=seen.bias_NS,
+        attn_mask=None if bias_NS is None else rounded(bias_NS, q_HNK.dtype),
         scale=scale,
         enable_gqa=True,
     )

@@ -27,7 +27,7 @@ from tests.evidence import assert_as_accurate, check_compiles, exact, run_guarde
 INT_MAX = 2**31 - 1
 FP8 = torch.float8_e4m3fn
 SCALE = 0.3
-TREES = {
+TREES = {  # of 13 rows
     "chain": list(range(-1, 12)),
     "star": [-1] + [0] * 12,
     "k-ary": [-1] + [(n - 1) // 3 for n in range(1, 13)],
@@ -156,7 +156,7 @@ def test_ratios(ratio, device):
 @pytest.mark.parametrize("prefix", [0, 62, 129])
 def test_long_chain_in_many_tiles(prefix, device):
     """Tiles of rows whose keys are all full, all masked, or full between two masked ends."""
-    trees = [list(range(-1, 149))]
+    trees = [list(range(-1, 129))]
     case = _case(trees, [prefix], device, chains=True, heads=(1, 1), dtype=torch.float16)
     for chunk_size, splits in ((None, 1), (100, 2)):
         _check(case, chunk_size, trees, num_splits=splits)
@@ -198,7 +198,9 @@ def test_paths_are_chains(shape, device):
 def test_a_sequence_does_not_know_its_batch(device):
     """Bit by bit, for one number of shares and one bound of the rows."""
     trees = [TREES["random"], [-1, 0], TREES["star"]]
-    q, k_cache, v_cache, rows = _case(trees, [130, 7, 64], device, heads=(5, 1))
+    q, k_cache, v_cache, rows = _case(
+        trees, [130, 7, 64], device, heads=(2, 1), dtype=torch.float16
+    )
     assert rows.ancestors_T is not None
     together = tree_attention(q, k_cache, v_cache, rows, 100, SCALE, num_splits=3)
     for b in range(3):
@@ -216,7 +218,7 @@ def test_a_sequence_does_not_know_its_batch(device):
 
 
 def _fp8_case(device, scales, dtype=torch.float32, prefix=70):
-    q, *caches, rows = _case([TREES["random"]], [prefix], device, heads=(4, 2), dtype=dtype)
+    q, *caches, rows = _case([[-1, 0, 0, 2]], [prefix], device, heads=(4, 2), dtype=dtype)
     # the interpreter rounds to FP8 wrongly: quantised by torch, NaN in the unused slots stays NaN
     caches = [(100 * x.float()).clamp(-448, 448).to(FP8) for x in caches]
     k_scale, v_scale = (torch.rand(n, device=device) / 50 + 0.01 for n in scales)
@@ -244,10 +246,10 @@ def test_fp8_caches(scales, splits, device, dtypes):
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_spoilt_value_reaches_only_who_sees_it(splits, poison, device, dtypes):
+def test_spoilt_value_reaches_only_who_sees_it(splits, poison, device):
     """Row 2 or a key of the old chunk is spoilt: rows beside and beyond must not notice."""
     tree = TREES["random"]
-    for dtype in dtypes:
+    for dtype in (torch.float32,) if splits == 1 else (torch.float16,):
         case = _case([tree], [66], device, dtype=dtype)
         q, k_cache, v_cache, rows = case
         # positions go from 66 to 70: the edge at 68 hides the prefix from rows of depth 2 and more
@@ -400,7 +402,7 @@ def test_compiles_with_splits_and_scales(device):
     arguments = (q, *caches, *step, rows.ancestors_T, k_scale, v_scale)
 
     def attend(q, k, v, positions, starts, lengths, table, ancestors, k_scale, v_scale):
-        step = TreeRows(positions, starts, lengths, table, ancestors, 13)
+        step = TreeRows(positions, starts, lengths, table, ancestors, 4)
         return tree_attention(
             q, k, v, step, 8, SCALE, k_scale=k_scale, v_scale=v_scale, num_splits=2
         )
