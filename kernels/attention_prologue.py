@@ -27,6 +27,7 @@ from aerie.kernels.kv_append import kv_append_ref
 from aerie.kernels.prologue_checks import FP8_MAX, Temperature, check_prologue
 from aerie.kernels.rope import Layout, rope_ref
 from aerie.kernels.rotation import Rotation
+from aerie.kernels.stream_launch import scale_stride
 
 __all__ = ["Temperature", "attention_prologue", "attention_prologue_ref"]
 
@@ -117,8 +118,8 @@ def _attention_prologue_op(
             k_cache,
             v_cache,
             qkv.stride(0),
-            0 if k_scale is None or k_scale.numel() == 1 else 1,
-            0 if v_scale is None or v_scale.numel() == 1 else 1,
+            scale_stride(k_scale),
+            scale_stride(v_scale),
             rows,
             heads,
             kv_heads,

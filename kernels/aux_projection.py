@@ -30,6 +30,7 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_stride,
     split_scratch,
     stream_config,
 )
@@ -127,7 +128,7 @@ def _aux_projection_op(
         x.stride(0),
         residuals[0].stride(0) if residuals else 0,
         weight.stride(0),
-        0 if scale is None or scale.numel() == 1 else 1,
+        scale_stride(scale),
         rows,
         width,
         features,

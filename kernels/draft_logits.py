@@ -25,6 +25,7 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_stride,
     stream_config,
 )
 from aerie.kernels.weight_stream import reciprocal_rms, scaled_and_biased, stream_rows
@@ -187,11 +188,6 @@ def _(
     scale: Tensor | None,
 ) -> Tensor:
     return hidden.new_empty(hidden.shape[0], head.shape[0])
-
-
-def scale_stride(scale_U: Tensor | None) -> int:
-    """1 for a scale per draft id, 0 for one of all."""
-    return int(scale_U is not None and scale_U.numel() > 1)
 
 
 def check_head(

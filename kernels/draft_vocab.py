@@ -27,10 +27,9 @@ from aerie.kernels.draft_logits import (
     draft_logits_ref,
     head_config,
     logits_tile,
-    scale_stride,
 )
 from aerie.kernels.draft_vocab_merge import NO_KEY, key_logit, merge_tiles, sort_key
-from aerie.kernels.stream_launch import LaunchConfig, check_vector
+from aerie.kernels.stream_launch import LaunchConfig, check_vector, scale_stride
 
 MAX_K = 16
 

@@ -21,6 +21,7 @@ from aerie.kernels.stream_launch import (
     check_rows,
     check_weight,
     projected,
+    scale_stride,
     split_scratch,
     stream_config,
 )
@@ -129,7 +130,7 @@ def _gate_up_op(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
             arrivals,
             x.stride(0),
             weight.stride(0),
-            0 if scale is None or scale.numel() == 1 else 1,
+            scale_stride(scale),
             rows,
             depth,
             width,

@@ -20,6 +20,7 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_stride,
     split_scratch,
     stream_config,
 )
@@ -120,7 +121,7 @@ def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | N
             arrivals,
             x.stride(0),
             weight.stride(0),
-            0 if scale is None or scale.numel() == 1 else 1,
+            scale_stride(scale),
             rows,
             depth,
             features,

@@ -28,6 +28,7 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_stride,
     split_scratch,
     stream_config,
 )
@@ -173,7 +174,7 @@ def _qkv_projection_op(
         table.stride(0),
         hidden.stride(0),
         weight.stride(0),
-        0 if scale is None or scale.numel() == 1 else 1,
+        scale_stride(scale),
         rows,
         table.shape[0],
         width,

@@ -120,6 +120,11 @@ def projected(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, scale_F: T
     return F.linear(x_TD.to(wide), weight, bias).to(x_TD.dtype)
 
 
+def scale_stride(scale: Tensor | None) -> int:
+    """Of a scale per row of a weight (or head of a cache): 1; of one for all: 0."""
+    return 0 if scale is None or scale.numel() == 1 else 1
+
+
 def check_rows(name: str, x: Tensor) -> None:
     """Raises ValueError unless `x` is [T, D] of a dtype and layout the K loop reads."""
     if x.ndim != 2 or x.stride(-1) != 1 or x.dtype not in DTYPES:

@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from aerie.kernels.backend import check_launchable, rounded, widened
-from aerie.kernels.stream_launch import MAX_STAGES
+from aerie.kernels.stream_launch import MAX_STAGES, scale_stride
 from aerie.kernels.tree_attention_checks import (
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
@@ -177,8 +177,8 @@ def _tree_attention_op(
         q.stride(0),
         q.stride(1),
         page_table.stride(0),
-        _head_stride(k_scale),
-        _head_stride(v_scale),
+        scale_stride(k_scale),
+        scale_stride(v_scale),
         kv_heads,
         num_rows * heads,
         scale,
@@ -212,10 +212,6 @@ def _tree_attention_op(
             num_warps=4,
         )
     return out
-
-
-def _head_stride(scale: Tensor | None) -> int:
-    return 0 if scale is None or scale.numel() == 1 else 1
 
 
 @_tree_attention_op.register_fake

@@ -138,7 +138,7 @@ class FakeCuda:
     def set_sync_debug_mode(self, mode: str) -> None:
         self.mode = mode
 
-    def CUDAGraph(self):  # noqa: N802
+    def CUDAGraph(self):
         nodes: list[float] = []
 
         def replay() -> None:
@@ -153,7 +153,7 @@ class FakeCuda:
         yield
         self.capturing = None
 
-    def Event(self, enable_timing: bool):  # noqa: N802
+    def Event(self, enable_timing: bool):
         event = SimpleNamespace(at=0.0, synchronize=lambda: None)
         event.record = lambda: setattr(event, "at", self.now)
         event.elapsed_time = lambda stop: (stop.at - event.at) / 1e3
@@ -469,7 +469,7 @@ def pytester_items(request):
         )
         node.originalname = "bench_x"
         params = {"provider": provider, "rows": rows}
-        setattr(node, "callspec", SimpleNamespace(params=params))  # noqa: B010
+        vars(node)["callspec"] = SimpleNamespace(params=params)
         return node
 
     return [item(provider, rows) for provider in "ab" for rows in (1, 2)]
