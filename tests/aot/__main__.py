@@ -1,8 +1,11 @@
-"""`python -m tests.aot TARGET [OP]` compiles for one target and prints a JSON object per variant;
+"""Compiles without a GPU and reads the machine code.
 
-`python -m tests.aot --write` compiles for all of them and writes `bench/results/aot.md`. Both need
-no GPU. A process compiles for one target, as Triton's interpreter must be off in it and the launch
-rules ask PyTorch whether this is an AMD machine.
+    python -m tests.aot --only OP      the ops whose name contains OP, for all targets, as text
+    python -m tests.aot --write        everything, into `bench/results/aot.md`
+    python -m tests.aot TARGET [OP]    a JSON object per variant; what the two above are made of
+
+A process compiles for one target, as Triton's interpreter must be off in it and the launch rules
+ask PyTorch whether this is an AMD machine.
 """
 
 import json
@@ -11,7 +14,7 @@ from dataclasses import asdict
 
 import torch
 
-from tests.aot.table import TABLE, compiled, rendered
+from tests.aot.table import TABLE, compiled, described, rendered
 
 
 def compile_all(name: str, only: str | None) -> None:
@@ -38,5 +41,7 @@ def compile_all(name: str, only: str | None) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--write":
         TABLE.write_text(rendered(compiled()))
+    elif sys.argv[1] == "--only":
+        print("\n".join(map(described, compiled(only=sys.argv[2]))))
     else:
         compile_all(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)

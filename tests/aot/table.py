@@ -33,20 +33,23 @@ a rule that is broken under a named exception (`tests/aot/rules.py`).
 COLUMNS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def compiled(targets: Sequence[str] = SLOWEST_FIRST) -> list[dict]:
-    """The facts of every variant for `targets`, compiled in processes of their own."""
+def compiled(targets: Sequence[str] = SLOWEST_FIRST, only: str = "") -> list[dict]:
+    """The facts of every variant for `targets`, compiled in processes of their own.
+
+    `only` leaves out the ops whose name does not contain it.
+    """
     with ThreadPoolExecutor(WORKERS) as pool:
-        return [row for rows in pool.map(_compiled, targets) for row in rows]
+        return [row for rows in pool.map(_compiled, targets, [only] * len(targets)) for row in rows]
 
 
-def _compiled(target: str) -> list[dict]:
+def _compiled(target: str, only: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": "1",
         "TRITON_DEFAULT_FP_FUSION": "1",  # its default changes between versions
     }
-    command = [sys.executable, "-m", "tests.aot", target]
+    command = [sys.executable, "-m", "tests.aot", target, only]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{target}: {result.stderr[-3000:]}"
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -76,6 +79,15 @@ def cell(row: dict) -> str:
     shared = f"{row['shared'] / 1024:.0f}K" if row["shared"] >= 1024 else f"{row['shared']}B"
     parts = [str(row["registers"]), shared, *units, f"{row['wide_loads']} of {row['loads']}"]
     return ", ".join(parts) + " !" * bool(row["broken"])
+
+
+def described(row: dict) -> str:
+    """One variant as a line for a reader who works on its kernel."""
+    spills = f", {row['spills']} spills" * bool(row["spills"])
+    broken = f"  BREAKS {', '.join(row['broken'])}" * bool(row["broken"])
+    offsets = "".join(f"\n    {line}" for line in row["narrow_offsets"])
+    name = f"{row['target']:7} {row['kernel']} {row['kind']} {row_range(row['rows'])}"
+    return f"{name}: {cell(row).removesuffix(' !')}{spills}{broken}{offsets}"
 
 
 def recorded_version(text: str) -> str:
