@@ -17,6 +17,7 @@ from aerie.eagle3.drafter import ChainDrafter, Drafter, NoDrafter
 from aerie.eagle3.speculation import check_num_speculative_tokens
 from aerie.eagle3.stats import Stats
 from aerie.eagle3.verify import Verified, Verifier
+from aerie.kernels.tree_rows import MAX_TREE_ROWS
 from aerie.llama4.model import Llama4ForCausalLM
 
 PREFILL_ROWS = 1024  # rows of one prefill pass; bounds its activations
@@ -58,7 +59,8 @@ class Decoding:
         self.eos_token_ids = frozenset(eos)
         needed = len(self.prompt_ids) + max_new_tokens + num_speculative_tokens + 1
         capacity = min(self.context, needed)
-        cache = target.allocate_cache(capacity)
+        largest_step = max(PREFILL_ROWS, MAX_TREE_ROWS)
+        cache = target.allocate_cache(capacity, max_step_rows=largest_step)
         self.drafter = drafter or _drafter(draft, target, capacity)
         self.verifier = Verifier(target, cache, target.backend, self.drafter.tap_layers)
         self.tokens: list[int] = []

@@ -49,20 +49,20 @@ class Attention(PackedModule):
 
     def attend(self, qkv_TF: Tensor, rotation: Rotation, step: Step) -> Tensor:
         """What follows the projection of the inputs to packed queries, keys and values."""
-        spec, cache = self.spec, step.cache
-        k_RCGK, v_RCGK = cache.k_RCGK[self.layer], cache.v_RCGK[self.layer]
+        spec, kv = self.spec, step.cache.layers[self.layer]
+        placement = step.placements[kv.pool]
         q_THK = self._prologue(
             qkv_TF,
-            k_RCGK,
-            v_RCGK,
-            step.slots_T,
+            kv.k_RCGK,
+            kv.v_RCGK,
+            placement.slots_T,
             rotation=rotation if spec.rotary_layout is not None else None,
             layout=spec.rotary_layout or "interleaved",
             qk_norm_eps=spec.qk_norm_eps,
-            temperature=self._at(step.rows.positions_T),
+            temperature=self._at(placement.rows.positions_T),
         )
         attended_THK = self._tree_attention(
-            q_THK, k_RCGK, v_RCGK, step.rows, spec.chunk_size, spec.head_dim**-0.5
+            q_THK, kv.k_RCGK, kv.v_RCGK, placement.rows, spec.chunk_size, spec.head_dim**-0.5
         )
         return self.o_proj(attended_THK.flatten(-2))
 

@@ -1,23 +1,29 @@
 """A paged key/value cache with static allocation, used by the target and by the draft.
 
-All layers share one page table per sequence. A step appends the keys and values of its rows behind
-the committed length; what it appended counts only once `commit` says which rows were accepted, so a
-rejected row needs no undo: the next step overwrites it.
+A step appends the keys and values of its rows behind the committed length; what it appended counts
+only once `commit` says which rows were accepted, so a rejected row needs no undo: the next step
+overwrites it.
 
     slots:    0 .. length-1         committed, one per position
               length .. length+n-1  rows of the running step, in row order (a tree's rows too)
+
+Layers of full attention share one page table per sequence, chunked layers another, whose pages are
+used again once no row can see them (`kv_plan`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.cache_commit import cache_commit, cache_commit_ref
-from aerie.kernels.kv_append import kv_append, kv_append_ref
-from aerie.kernels.tree_attention import TreeRows
+from aerie.kernels.tree_attention import MAX_TREE_ROWS, TreeRows
+from aerie.llama4.kv_plan import plan_pools
+from aerie.llama4.kv_pool import KVPool
+
+MAX_STEP_ROWS = 1024  # rows of a sequence in one step, unless a cache is allocated for more
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,46 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Where the T rows of one forward pass stand and where their keys and values go."""
+class Placement:
+    """The rows of a step, and where their keys and values go, in the layers of one pool."""
 
     rows: TreeRows
     slots_T: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the T rows of one forward pass stand: one placement per pool of the cache."""
+
+    placements: tuple[Placement, ...]
     cache: "PagedKVCache"
+
+    @property
+    def rows(self) -> TreeRows:
+        """Positions, row starts and ancestors, which all pools share."""
+        return self.placements[0].rows
+
+    @property
+    def slots_T(self) -> Tensor:
+        """Slots in the first pool."""
+        return self.placements[0].slots_T
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """The part of the cache that one layer reads and writes; `pool` is its placement in a step."""
+
+    pool: int
+    k_RCGK: Tensor
+    v_RCGK: Tensor
 
 
 class PagedKVCache:
-    """Keys and values `[L, R, C, G, K]`; `page_table_BM[b, m]` holds slots m*C.. of sequence b.
+    """Keys and values of all layers; `lengths[b]` slots of sequence b are committed.
 
-    `lengths[b]` is the committed length of sequence b, one slot per position. Pages are allotted at
-    construction (`max_length` slots per sequence) and never move.
+    Pages are allotted at construction (`max_length` slots per sequence) and never move. A chunked
+    layer keeps the chunk that the committed length lies in and the rows of one step: it is allotted
+    no more, if that is less (`layers[i].pool` then differs between chunked and other layers).
     """
 
     def __init__(
@@ -64,30 +97,30 @@ class PagedKVCache:
         head_dim: int,
         max_length: int,
         *,
+        chunk_sizes: Sequence[int | None] | None = None,
+        max_step_rows: int = MAX_STEP_ROWS,
         num_sequences: int = 1,
         page_size: int = 64,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         backend: ResolvedBackend = "eager",
     ) -> None:
-        pages_per_sequence = -(-max_length // page_size)
-        num_pages = num_sequences * pages_per_sequence
-        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
-        try:
-            self.k_LRCGK = torch.zeros(shape, dtype=dtype, device=device)
-            self.v_LRCGK = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:  # both allocators raise it when memory is short
-            raise ValueError(
-                f"max_length: a cache of {shape} x 2 does not fit ({error})"
-            ) from error
-        self.k_RCGK = self.k_LRCGK.unbind(0)  # one view per layer
-        self.v_RCGK = self.v_LRCGK.unbind(0)
-        pages_R = torch.arange(num_pages, dtype=torch.int32, device=device)
-        self.page_table_BM = pages_R.view(num_sequences, pages_per_sequence)
+        """`chunk_sizes` has an entry per layer, None for full attention, as no list means.
+
+        Raises ValueError where the memory does not suffice.
+        """
+        chunk_sizes = [None] * num_layers if chunk_sizes is None else chunk_sizes
+        assert len(chunk_sizes) == num_layers
+        plans = plan_pools(chunk_sizes, max_length, page_size, max_step_rows)
+        row_shape = (page_size, num_kv_heads, head_dim)
+        self.pools = [KVPool(plan, num_sequences, row_shape, dtype, device) for plan in plans]
+        self.layers = _layers(self.pools)
         self.lengths = [0] * num_sequences
         self.max_length = max_length
+        self.max_step_rows = max_step_rows
+        self._rings = [pool for pool in self.pools if pool.plan.chunk_size is not None]
         self._step_rows = [0] * num_sequences  # what the last step appended
-        self._kv_append = pick(backend, kv_append, kv_append_ref)
+        self._device = self.pools[0].k_LRCGK.device
         self._cache_commit = pick(backend, cache_commit, cache_commit_ref)
 
     def causal_step(self, *counts: int) -> Step:
@@ -99,18 +132,14 @@ class PagedKVCache:
     def tree_step(self, *trees: Tree) -> Step:
         """A step of one tree per sequence, at most 64 rows each; positions go by depth."""
         counts = tuple(len(tree.parents) for tree in trees)
-        if max(counts) > 64:
-            raise ValueError(f"trees: at most 64 rows per sequence, got {max(counts)}")
+        if max(counts) > MAX_TREE_ROWS:
+            raise ValueError(f"trees: at most {MAX_TREE_ROWS} rows per sequence, got {max(counts)}")
         lengths = self._reserve(counts)
         slots = [torch.arange(n, n + new) for n, new in zip(lengths, counts, strict=True)]
         depths = [torch.tensor(tree.depths()) for tree in trees]
         positions = [n + depth for n, depth in zip(lengths, depths, strict=True)]
         words = [word for tree in trees for word in tree.ancestor_words()]
         return self._step(counts, positions, slots, torch.tensor(words, dtype=torch.int64))
-
-    def append(self, layer: int, k_TGK: Tensor, v_TGK: Tensor, slots_T: Tensor) -> None:
-        """Writes the rows' keys and values of one layer."""
-        self._kv_append(k_TGK, v_TGK, self.k_RCGK[layer], self.v_RCGK[layer], slots_T)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the rows `path` (ascending, from the root) of the last step; forgets the others."""
@@ -120,16 +149,25 @@ class PagedKVCache:
                 f"path: must be ascending rows 0..{rows - 1} of the last step, got {list(path)}"
             )
         if list(path) != list(range(len(path))):
-            sources_P = self._slots(sequence, length + torch.tensor(list(path)))
-            targets_P = self._slots(sequence, length + torch.arange(len(path)))
-            self._cache_commit(self.k_LRCGK, self.v_LRCGK, sources_P, targets_P)
+            source_P = length + torch.tensor(list(path))
+            target_P = length + torch.arange(len(path))
+            for pool in self.pools:
+                slots = pool.slots(sequence, source_P), pool.slots(sequence, target_P)
+                self._cache_commit(pool.k_LRCGK, pool.v_LRCGK, *slots)
         self.lengths[sequence] = length + len(path)
         self._step_rows[sequence] = 0
 
     def rollback(self, sequence: int, length: int) -> None:
-        """Forgets everything from position `length` on."""
+        """Forgets everything from position `length` on.
+
+        Raises ValueError if the chunked layers no longer hold what a row at `length` sees.
+        """
         if not 0 <= length <= self.lengths[sequence]:
             raise ValueError(f"length: must be 0..{self.lengths[sequence]}, got {length}")
+        for ring in self._rings:
+            ring.check_rollback(sequence, length)
+        for ring in self._rings:
+            ring.rollback(sequence, length)
         self.lengths[sequence] = length
 
     def _reserve(self, counts: Sequence[int]) -> list[int]:
@@ -141,6 +179,15 @@ class PagedKVCache:
                     f"sequence {sequence}: {length} cached and {new} new rows do not fit in "
                     f"max_length {self.max_length}; allocate a longer cache"
                 )
+            if self._rings and new > self.max_step_rows:
+                raise ValueError(
+                    f"sequence {sequence}: {new} rows in one step, but the chunked layers have "
+                    f"room for {self.max_step_rows}; take several steps, or allocate the cache "
+                    f"with max_step_rows={new}"
+                )
+        for ring in self._rings:
+            for sequence, (length, new) in enumerate(zip(self.lengths, counts, strict=True)):
+                ring.overwrite(sequence, length + new)
         return self.lengths
 
     def _step(
@@ -150,23 +197,34 @@ class PagedKVCache:
         slots: list[Tensor],
         ancestors_T: Tensor | None,
     ) -> Step:
-        device = self.k_LRCGK.device
+        device = self._device
         self._step_rows = list(counts)
         starts = [sum(counts[:sequence]) for sequence in range(len(counts) + 1)]
         rows = TreeRows(
             positions_T=torch.cat(positions).to(device),
             row_starts_B1=torch.tensor(starts, dtype=torch.int32, device=device),
             prefix_lengths_B=torch.tensor(self.lengths, dtype=torch.int32, device=device),
-            page_table_BM=self.page_table_BM,
+            page_table_BM=self.pools[0].page_table_BM,
             ancestors_T=None if ancestors_T is None else ancestors_T.to(device),
             max_rows=max(counts),
         )
-        slots_T = torch.cat([self._slots(b, logical) for b, logical in enumerate(slots)])
-        return Step(rows, slots_T, self)
+        placements = [Placement(rows, _flat_slots(self.pools[0], slots))]
+        for pool in self.pools[1:]:
+            own_rows = replace(rows, page_table_BM=pool.page_table_BM)
+            placements.append(Placement(own_rows, _flat_slots(pool, slots)))
+        return Step(tuple(placements), self)
 
-    def _slots(self, sequence: int, logical: Tensor) -> Tensor:
-        """Physical slots (page * C + offset) of a sequence's logical slots."""
-        logical = logical.to(self.page_table_BM.device)
-        page_size = self.k_LRCGK.shape[2]
-        pages = self.page_table_BM[sequence].index_select(0, logical // page_size)
-        return torch.add(logical % page_size, pages, alpha=page_size)
+
+def _flat_slots(pool: KVPool, logical: list[Tensor]) -> Tensor:
+    return torch.cat([pool.slots(sequence, slots) for sequence, slots in enumerate(logical)])
+
+
+def _layers(pools: Sequence[KVPool]) -> list[LayerKV]:
+    layers = {
+        layer: LayerKV(index, k_RCGK, v_RCGK)
+        for index, pool in enumerate(pools)
+        for layer, k_RCGK, v_RCGK in zip(
+            pool.plan.layers, pool.k_LRCGK.unbind(0), pool.v_LRCGK.unbind(0), strict=True
+        )
+    }
+    return [layers[layer] for layer in range(len(layers))]

@@ -16,7 +16,7 @@ from aerie.kernels.linear import Linear
 from aerie.kernels.rms_norm import NormedResidual, RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.attention import Attention
-from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
 from aerie.llama4.checkpoint import Renaming, load_weights, resolve_folder
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.mlp import MLP
@@ -154,18 +154,26 @@ class Llama4ForCausalLM(nn.Module):
         return Llama4Output(self.lm_head(hidden_TD), tuple(aux[i] for i in self._aux_layers))
 
     def allocate_cache(
-        self, max_length: int, num_sequences: int = 1, page_size: int = 64
+        self,
+        max_length: int,
+        num_sequences: int = 1,
+        page_size: int = 64,
+        max_step_rows: int = MAX_STEP_ROWS,
     ) -> PagedKVCache:
-        """A cache for this model's layers, dtype and device."""
+        """A cache for this model's layers, dtype and device; `max_step_rows` rows fit in a step."""
+        config, weight = self.config, self.lm_head.weight
+        layers = range(config.num_hidden_layers)
         return PagedKVCache(
-            self.config.num_hidden_layers,
-            self.config.num_key_value_heads,
-            self.config.head_dim,
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
             max_length,
+            chunk_sizes=[config.attention(layer).chunk_size for layer in layers],
+            max_step_rows=max_step_rows,
             num_sequences=num_sequences,
             page_size=page_size,
-            dtype=self.lm_head.weight.dtype,
-            device=self.lm_head.weight.device,
+            dtype=weight.dtype,
+            device=weight.device,
             backend=self.backend,
         )
 

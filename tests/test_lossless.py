@@ -2,7 +2,8 @@
 
 Regimes: hundreds of random (model, draft, prompt, k); drafts that are always right (acceptance
 length exactly k + 1), always wrong (exactly 1) and right now and then (partial acceptance, which
-leaves rejected rows behind in the cache); ends inside an accepted run; prompts around chunk edges.
+leaves rejected rows behind in the cache); ends inside an accepted run; prompts around chunk edges;
+texts far longer than what a chunked layer keeps.
 """
 
 import random
@@ -26,7 +27,7 @@ def randomise(model: torch.nn.Module) -> None:
         parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim > 1 else 0.5)
 
 
-def random_target(seed: int, backend="eager") -> Llama4ForCausalLM:
+def random_target(seed: int, backend="eager", context=CONTEXT) -> Llama4ForCausalLM:
     choose = random.Random(seed)
     torch.manual_seed(seed)
     config = {
@@ -46,7 +47,7 @@ def random_target(seed: int, backend="eager") -> Llama4ForCausalLM:
         "use_qk_norm": choose.choice([True, False]),
         "floor_scale": choose.choice([8, 8192]),
         "no_rope_layer_interval": choose.choice([2, 4]),
-        "max_position_embeddings": CONTEXT,
+        "max_position_embeddings": context,
     }
     model = Llama4ForCausalLM(Llama4Config.from_hf(config), backend)
     randomise(model)
@@ -203,6 +204,26 @@ def test_bursts_are_the_accepted_runs():
     drafter = ScriptedDrafter(plain.tokens, 1.0)
     decoding = Decoding(target, prompt, 13, None, 3, (), drafter)
     assert [len(burst) for burst in decoding] == [1, 4, 4, 4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recycled_pages_of_chunked_layers(seed, monkeypatch):
+    """128 slots for 16 chunks: plain and drafted ids are those of one pass that keeps all rows."""
+    monkeypatch.setattr("aerie.eagle3.generate.PREFILL_ROWS", 8)
+    target, prompt = random_target(seed, context=300), random_prompt(seed)
+    prompt = [7 * i % VOCAB for i in range(150)] + prompt
+    plain = generate(target, prompt, 80, eos_token_ids=())
+    drafter = ScriptedDrafter(plain.tokens, 0.7)
+    decoding = Decoding(target, prompt, 80, None, 5, (), drafter)
+    full, ring = decoding.verifier.cache.pools
+    assert ring.plan.num_pages == 2 < full.plan.num_pages
+    assert [token for burst in decoding for token in burst] == plain.tokens
+    speculative = generate(target, prompt, 80, random_draft(seed, target), 3, eos_token_ids=())
+    assert speculative.tokens == plain.tokens
+    ids = torch.tensor(prompt + plain.tokens[:-1])
+    whole = target.allocate_cache(len(ids), max_step_rows=len(ids))
+    logits = target(ids, whole.causal_step(len(ids))).logits_TV
+    assert logits[len(prompt) - 1 :].argmax(-1).tolist() == plain.tokens
 
 
 def test_triton_backend():

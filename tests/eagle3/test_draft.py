@@ -177,8 +177,8 @@ def test_guessed_rows_are_forgotten_and_rebuilt_from_true_features(kind, make_pa
     fresh.propose(1)
     # slots 8..10 held guesses after the first round; one page holds all slots
     for ours, expected in (
-        (drafter.cache.k_LRCGK, fresh.cache.k_LRCGK),
-        (drafter.cache.v_LRCGK, fresh.cache.v_LRCGK),
+        (drafter.cache.pools[0].k_LRCGK, fresh.cache.pools[0].k_LRCGK),
+        (drafter.cache.pools[0].v_LRCGK, fresh.cache.pools[0].v_LRCGK),
     ):
         torch.testing.assert_close(ours[0, 0, :11], expected[0, 0, :11], rtol=1e-5, atol=1e-5)
 
@@ -187,8 +187,8 @@ def test_rows_of_no_committed_position_are_never_read(make_pair):
     pair = make_pair("llama4")
     drafter, chain = ChainDrafter(pair.ours, 40), pair.chain
     for rows in (slice(0, 8), slice(8, 11)):
-        drafter.cache.k_LRCGK[:, :, rows.start :] = torch.nan
-        drafter.cache.v_LRCGK[:, :, rows.start :] = torch.nan
+        drafter.cache.pools[0].k_LRCGK[:, :, rows.start :] = torch.nan
+        drafter.cache.pools[0].v_LRCGK[:, :, rows.start :] = torch.nan
         drafter.observe([tap[rows] for tap in pair.aux], pair.next_ids[rows])
         chain.observe([tap[rows] for tap in pair.expected_aux], pair.next_ids[rows])
         expected = [token for _, _, token in chain.levels(4)]

@@ -7,6 +7,7 @@ accepted path is scattered, two sequences, rejected steps, rollback and regrowth
 import pytest
 import torch
 
+from aerie.kernels.kv_append import kv_append_ref
 from aerie.llama4.cache import PagedKVCache, Tree
 
 LAYERS, HEADS, DIM = 2, 3, 4
@@ -29,8 +30,9 @@ class ListCache:
         self.fresh += sum(counts)
         self.last = [part.tolist() for part in tokens.split(list(counts))]
         for layer in range(LAYERS):
-            keys = expected_rows(tokens, layer)
-            self.cache.append(layer, keys, -keys, step.slots_T)
+            keys, kv = expected_rows(tokens, layer), self.cache.layers[layer]
+            slots = step.placements[kv.pool].slots_T
+            kv_append_ref(keys, -keys, kv.k_RCGK, kv.v_RCGK, slots)
 
     def commit(self, sequence: int, *path: int) -> None:
         self.cache.commit(sequence, path)
@@ -60,10 +62,11 @@ def expected_rows(tokens, layer: int):
 
 def read(cache: PagedKVCache, layer: int, sequence: int):
     """Committed keys and values in position order, straight through the page table."""
-    size = cache.k_LRCGK.shape[2]
-    table = cache.page_table_BM[sequence].tolist()
+    (pool,) = cache.pools
+    size = pool.page_size
+    table = pool.page_table_BM[sequence].tolist()
     where = [(table[slot // size], slot % size) for slot in range(cache.lengths[sequence])]
-    rows = [(cache.k_LRCGK[layer][at], cache.v_LRCGK[layer][at]) for at in where]
+    rows = [(pool.k_LRCGK[layer][at], pool.v_LRCGK[layer][at]) for at in where]
     empty = torch.empty(0, HEADS, DIM)
     return tuple(torch.stack(part) for part in zip(*rows, strict=True)) or (empty, empty)
 
@@ -76,12 +79,13 @@ def make_cache(request):
         cache = PagedKVCache(
             LAYERS, HEADS, DIM, max_length, num_sequences=num_sequences, page_size=page_size
         )
+        (pool,) = cache.pools
         if request.param == "shuffled":
-            table = cache.page_table_BM
+            table = pool.page_table_BM
             order = torch.randperm(table.numel(), dtype=torch.int32)
-            cache.page_table_BM = order.view(table.shape)
-        cache.k_LRCGK.fill_(torch.nan)
-        cache.v_LRCGK.fill_(torch.nan)
+            pool.page_table_BM = order.view(table.shape)
+        pool.k_LRCGK.fill_(torch.nan)
+        pool.v_LRCGK.fill_(torch.nan)
         return ListCache(cache)
 
     return make
