@@ -1,26 +1,30 @@
 """Strict reading of a safetensors folder into a module: every tensor accounted for, both ways.
 
 A draft that loads wrongly stays lossless and merely accepts nothing; a target that loads wrongly is
-fluent nonsense. So nothing is skipped, guessed or filled in, and all that is wrong is listed.
+fluent nonsense. So nothing is skipped, guessed or filled in, and all that is wrong is listed: first
+what the headers tell, before anything is allocated, then what the values are. Tensors are read
+piece by piece into the place where they stay (`tensor_reading`), and the module is changed only
+when all of them are there.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from aerie.llama4.json_fields import CheckpointError, read_json
-from aerie.llama4.packing import join_all
+from aerie.llama4.json_fields import CheckpointError
+from aerie.llama4.packing import Place, StoredInParts
+from aerie.llama4.stored_tensors import MAX_LISTED, StoredTensor, stored_tensors
+from aerie.llama4.tensor_reading import Copy, read, read_all
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
-MAX_LISTED = 1000  # problems in one message
+
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 @dataclass(frozen=True)
@@ -69,110 +73,163 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     optional: tuple[str, ...] = (),
+    check_finite: bool = True,
+    progress: Progress | None = None,
 ) -> None:
     """Replaces the (meta) parameters of `module` by the folder's tensors, cast to `dtype`.
 
-    Integer buffers such as a vocabulary map become int64; an `optional` tensor that is
-    absent keeps the module's value. Raises CheckpointError.
+    They keep the strides of what they replace. Integer buffers such as a vocabulary map become
+    int64; an `optional` tensor that is absent keeps the module's value. Besides the result, the
+    host holds a few megabytes (or one expert) per thread. Raises CheckpointError listing all that
+    is wrong, and then the module is as it was.
     """
-    found = read_tensors(folder, renaming)
-    tied = _tied(module)
-    expected = {k: v for k, v in module.state_dict().items() if k not in tied}
-    expected = {k: v for k, v in expected.items() if k in found or k not in optional}
-    problems = _differences(expected, found)
-    fitting = [k for k, v in expected.items() if k in found and _fits_dtype(found[k], v)]
-    loaded = {name: _cast(found[name], dtype, device) for name in fitting}
-    problems += [f"{k}: not finite in {v.dtype}" for k, v in loaded.items() if not _is_finite(v)]
+    found = renamed(stored_tensors(folder), renaming)
+    parameters = dict(_own_tensors(module))
+    places = _places(module, parameters, found)
+    places = {name: p for name, p in places.items() if name in found or name not in optional}
+    problems = _differences(parameters, places, found)
+    filled = _allocate(parameters, places, dtype, "meta" if problems else device)
+    copies = [
+        Copy(name, found[name], place, filled[place.parameter])
+        for name, place in places.items()
+        if name in found and _fits(found[name], place, parameters[place.parameter])
+    ]
+    problems += read_all(copies, check_finite, progress)
     if problems:
         listed = "\n  ".join(problems[:MAX_LISTED])
         raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
-    join_all(module, loaded)
-    module.load_state_dict(loaded, strict=False, assign=True)
+    _assign(module, filled, device)
+
+
+def renamed(
+    stored: list[StoredTensor], renaming: Callable[[str], str | None]
+) -> dict[str, StoredTensor]:
+    """The tensors under their parameter names. Raises CheckpointError if two get the same."""
+    found: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        name = renaming(tensor.name)
+        if name in found:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} appears twice, as {found[name].name!r} and as "
+                f"{tensor.name!r}"
+            )
+        if name is not None:
+            found[name] = tensor
+    return found
+
+
+def read_tensors(folder: Path, renaming: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """The folder's tensors under their parameter names, as they are stored, on the CPU."""
+    return {name: read(t) for name, t in renamed(stored_tensors(folder), renaming).items()}
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that a checkpoint fills, each under its first name."""
+    yield from module.named_parameters()
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _places(
+    module: nn.Module, parameters: Mapping[str, Tensor], found: Mapping[str, StoredTensor]
+) -> dict[str, Place]:
+    """Where every tensor that should be in the files goes."""
+    parts: dict[str, Place] = {}
+    for name, owner in module.named_modules():
+        if isinstance(owner, StoredInParts):
+            parts |= dict(owner.places(parameters, f"{name}." if name else "", found))
+    filled = {place.parameter for place in parts.values()}
+    whole = {
+        name: Place(name, (tuple(tensor.shape),))
+        for name, tensor in parameters.items()
+        if name not in filled
+    }
+    return whole | parts
+
+
+def _differences(
+    parameters: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    found: Mapping[str, StoredTensor],
+) -> list[str]:
+    missing = [f"{name}: missing" for name in places if name not in found]
+    extra = [
+        f"{name}: unexpected{_origin(name, tensor)}"
+        for name, tensor in found.items()
+        if name not in places
+    ]
+    both = [(name, found[name], place) for name, place in places.items() if name in found]
+    shapes = [
+        f"{name}: shape {tensor.shape}, expected {' or '.join(map(str, place.shapes))}"
+        f"{_origin(name, tensor)}{_looks_transposed(tensor, place)}"
+        for name, tensor, place in both
+        if tensor.shape not in place.shapes
+    ]
+    kinds = [
+        f"{name}: {tensor.shown_dtype}, expected {_kind(parameters[place.parameter])}"
+        f"{_origin(name, tensor)}"
+        for name, tensor, place in both
+        if not _fits_dtype(tensor, parameters[place.parameter])
+    ]
+    return missing + extra + shapes + kinds
+
+
+def _origin(name: str, tensor: StoredTensor) -> str:
+    stored = "" if tensor.name == name else f" as {tensor.name!r}"
+    return f" [{tensor.file.name}{stored}]"
+
+
+def _looks_transposed(tensor: StoredTensor, place: Place) -> str:
+    swapped = (*tensor.shape[:-2], *reversed(tensor.shape[-2:]))
+    return "; it looks transposed" if swapped in place.shapes else ""
+
+
+def _fits(tensor: StoredTensor, place: Place, parameter: Tensor) -> bool:
+    return tensor.shape in place.shapes and _fits_dtype(tensor, parameter)
+
+
+def _fits_dtype(tensor: StoredTensor, parameter: Tensor) -> bool:
+    return tensor.dtype in (READABLE if parameter.is_floating_point() else INTEGERS)
+
+
+def _kind(parameter: Tensor) -> str:
+    return "float16, bfloat16 or float32" if parameter.is_floating_point() else "int32 or int64"
+
+
+def _allocate(
+    parameters: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Room for every parameter that is to be filled; on "meta" only its description."""
+    filled = {place.parameter for place in places.values()}
+    return {
+        name: torch.empty_strided(
+            tensor.shape,
+            tensor.stride(),
+            dtype=dtype if tensor.is_floating_point() else torch.int64,
+            device=device,
+        )
+        for name, tensor in parameters.items()
+        if name in filled
+    }
+
+
+def _assign(module: nn.Module, filled: Mapping[str, Tensor], device: torch.device | str) -> None:
+    """Puts the tensors in place of the module's own; what two modules share stays shared."""
+    tied = _tied(module)
+    for name, tensor in filled.items():
+        owner, _, leaf = name.rpartition(".")
+        is_buffer = leaf in module.get_submodule(owner)._buffers
+        value = tensor if is_buffer else nn.Parameter(tensor, requires_grad=False)
+        setattr(module.get_submodule(owner), leaf, value)
     for alias, name in tied.items():
         owner, _, leaf = alias.rpartition(".")
         setattr(module.get_submodule(owner), leaf, module.get_parameter(name))
     module.to(device).eval().requires_grad_(False)
-
-
-def read_tensors(folder: Path, renaming: Callable[[str], str | None]) -> dict[str, Tensor]:
-    """All tensors of the folder under their parameter names, memory-mapped."""
-    tensors: dict[str, Tensor] = {}
-    index = _index(folder)
-    for file in sorted(set(index.values())) if index else [folder / SINGLE]:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                names = shard.keys()
-                _check_index(index, file, set(names))
-                for name in names:
-                    renamed = renaming(name)
-                    if renamed in tensors:
-                        raise CheckpointError(f"{file}: tensor {renamed} appears twice")
-                    if renamed is not None:
-                        tensors[renamed] = shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            hint = "; it is a Git-LFS pointer, run git lfs pull" if _is_lfs_pointer(file) else ""
-            raise CheckpointError(
-                f"{file}: not a readable safetensors file ({error}){hint}"
-            ) from error
-    return tensors
-
-
-def _index(folder: Path) -> dict[str, Path]:
-    """Shard file of every tensor name; empty for a checkpoint in a single file."""
-    if (folder / SINGLE).is_file():
-        return {}
-    if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX}: 'weight_map' must be a non-empty object")
-    for name in set(map(str, weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{folder / INDEX}: {name!r} is not a plain safetensors file name"
-            )
-    return {tensor: folder / str(name) for tensor, name in weight_map.items()}
-
-
-def _check_index(index: Mapping[str, Path], file: Path, names: set[str]) -> None:
-    """An index and the headers of its shards must name the same tensors."""
-    listed = {name for name, shard in index.items() if shard == file}
-    if index and listed != names:
-        raise CheckpointError(
-            f"{file}: the index and the shard disagree about {sorted(listed ^ names)[:5]}"
-        )
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    return file.is_file() and file.open("rb").read(24) == b"version https://git-lfs."
-
-
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    missing = [f"{name}: missing" for name in expected if name not in found]
-    extra = [f"{name}: unexpected" for name in found if name not in expected]
-    wrong = [
-        f"{name}: shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    kinds = [
-        f"{name}: {found[name].dtype}, expected {_kind(tensor)}"
-        for name, tensor in expected.items()
-        if name in found and not _fits_dtype(found[name], tensor)
-    ]
-    return missing + extra + wrong + kinds
-
-
-def _fits_dtype(found: Tensor, expected: Tensor) -> bool:
-    return found.dtype in (READABLE if expected.is_floating_point() else INTEGERS)
-
-
-def _kind(expected: Tensor) -> str:
-    return "float16, bfloat16 or float32" if expected.is_floating_point() else "int32 or int64"
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _tied(module: nn.Module) -> dict[str, str]:
@@ -180,7 +237,3 @@ def _tied(module: nn.Module) -> dict[str, str]:
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     everything = module.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in everything if name != first[id(p)]}
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else torch.int64)

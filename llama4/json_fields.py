@@ -25,11 +25,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a model config")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: of two equal keys Python keeps the last, another reader the first."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise CheckpointError(f"the key {key!r:.200} appears twice")
+        values[key] = value
     return values
 
 

@@ -159,15 +159,17 @@ def test_rejects_truncated_file(keep, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "hint"),
-    [(b"PK\x03\x04" * 100, ")"), (LFS_POINTER, "; it is a Git-LFS pointer, run git lfs pull")],
-    ids=["zip", "Git-LFS"],
+    [
+        (b"PK\x03\x04" * 100, "it is a pickle; loading a pickle runs code"),
+        (LFS_POINTER, "it is a Git-LFS pointer, run git lfs pull"),
+        (b"", "empty; fetch the file again"),
+    ],
+    ids=["zip", "Git-LFS", "empty"],
 )
 def test_rejects_file_of_another_format(content, hint, tmp_path):
     file = write(tmp_path, random_tensors()) / FILE
     file.write_bytes(content)
-    message = rejection(tmp_path)
-    assert f"{file}: not a readable safetensors file" in message
-    assert message.endswith(hint)
+    assert f"{file}: not a readable safetensors file ({hint}" in rejection(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +196,20 @@ def test_rejects_missing_shard(tmp_path):
 def test_rejects_tensor_in_two_shards(tmp_path):
     tensors = random_tensors()
     folder = write_shards(tmp_path, tensors, {UP: tensors[UP]})
-    assert f"0.safetensors: the index and the shard disagree about ['{UP}']" in rejection(folder)
+    assert f"{UP}: in model-0.safetensors and in model-1.safetensors" in rejection(folder)
+
+
+def test_rejects_index_that_names_the_wrong_shard(tmp_path):
+    tensors = random_tensors()
+    second = {UP: tensors.pop(UP), EXPERTS: tensors.pop(EXPERTS)}
+    folder = write_shards(tmp_path, tensors, second, **{UP: "model-0.safetensors"})
+    listed = "listed in model-0.safetensors, held by model-1.safetensors"
+    assert f"the index and the shard disagree about '{UP}': {listed}" in rejection(folder)
 
 
 def test_rejects_index_that_names_a_tensor_no_shard_holds(tmp_path):
     folder = write_shards(tmp_path, random_tensors(), ghost="model-0.safetensors")
-    assert "the index and the shard disagree about ['ghost']" in rejection(folder)
+    assert "the index and the shard disagree about 'ghost'" in rejection(folder)
 
 
 def test_lists_all_that_is_wrong(tmp_path):
@@ -214,8 +224,8 @@ def test_lists_all_that_is_wrong(tmp_path):
         "model.norm.weight: missing",
         "lm_head.weight: missing",
         "model.layers.2.self_attn.q_proj.weight: unexpected",
-        f"{EXPERTS}: shape (3, 16, 12), expected (3, 12, 16)",
-        f"{UP}: not finite",
+        f"{EXPERTS}: shape (3, 16, 12), expected (3, 12, 16) [{FILE}]; it looks transposed",
+        f"{UP}: not finite in torch.float32: 1 of 320 values",
     ):
         assert part in message
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from aerie.kernels.linear import Linear
-from aerie.llama4.packing import PackedModule, Packing, join_all, lay_out_for_eager
+from aerie.llama4.packing import PackedModule, Packing, lay_out_for_eager
 
 PARTS = {"q_proj": 6, "k_proj": 2, "v_proj": 2}
 
@@ -40,11 +40,13 @@ def test_load_state_dict_is_strict_and_exact(model):
         model.load_state_dict(state)
 
 
-def test_join_all_leaves_no_part_behind(model):
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    join_all(model, tensors)
-    assert set(tensors) == {name for name, _ in model.named_parameters()}
-    assert torch.equal(tensors["0.qkv_proj.weight"], model[0].qkv_proj.weight)
+def test_places_cover_the_packed_parameters_once(model):
+    parameters = dict(model.named_parameters())
+    covered = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    for name, place in model[1].places(parameters, "1.", ()):
+        covered[place.parameter][place.index] += 1
+        assert model.state_dict()[name].shape in place.shapes
+    assert all((tensor == name.startswith("1.")).all() for name, tensor in covered.items())
 
 
 def test_eager_layout_moves_memory_and_nothing_else(model):
