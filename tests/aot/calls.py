@@ -17,6 +17,7 @@ from aerie.kernels import aux_projection as _aux_projection
 from aerie.kernels import cache_commit as _cache_commit
 from aerie.kernels import draft_logits as _draft_logits
 from aerie.kernels import draft_vocab as _draft_vocab
+from aerie.kernels import draw as _draw
 from aerie.kernels import embedding as _embedding
 from aerie.kernels import experts as _experts
 from aerie.kernels import gate_up as _gate_up
@@ -134,6 +135,15 @@ def draft_vocab(rows: int, kind: str) -> None:
     norm = _draft_logits.FinalNorm(floats(kind, D), EPS)
     for k in (1, 8) if rows < 64 else (16,):
         _draft_vocab.draft_vocab(hidden, head, d2t, k, norm=norm, scale_U=scale(kind, U))
+
+
+@op()
+def draw(rows: int, kind: str) -> None:
+    per_row, ids = torch.empty(rows), integers(rows)
+    kept = _row_filter.RowFilter(
+        per_row, per_row, per_row, integers(rows, dtype=torch.int32), per_row
+    )
+    _draw.draw(floats(kind, rows, V), kept, ids, ids)
 
 
 @op()
