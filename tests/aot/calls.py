@@ -24,6 +24,7 @@ from aerie.kernels import gate_up as _gate_up
 from aerie.kernels import kv_append as _kv_append
 from aerie.kernels import linear as _linear
 from aerie.kernels import qkv_projection as _qkv_projection
+from aerie.kernels import quantize as _quantize
 from aerie.kernels import rms_norm as _rms_norm
 from aerie.kernels import rope as _rope
 from aerie.kernels import rotation as _rotation
@@ -181,6 +182,13 @@ def qkv_projection(rows: int, kind: str) -> None:
         integers(rows), floats(kind, U, D), floats(kind, rows, D), gain, gain, EPS,
         weight(kind, features, 2 * D), scale(kind, features),
     )  # fmt: skip
+
+
+@op(fp8=True)
+def quantize(rows: int, kind: str) -> None:
+    if kind == "fp8":
+        for grouped, static in ((False, None), (True, None), (False, torch.empty(1))):
+            _quantize.quantize(floats(kind, rows, D), grouped, static)
 
 
 @op()
