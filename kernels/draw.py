@@ -99,7 +99,7 @@ class LaunchConfig:
 
 
 def _launch_config(vocabulary: int) -> LaunchConfig:
-    """A block is what 1024 counters give noise for, 32 ids per thread. Not yet measured on a GPU."""
+    """A block is what 1024 counters give noise for: 32 ids per thread. Not measured on a GPU."""
     blocks = triton.cdiv(vocabulary, BLOCK.value)
     return LaunchConfig(blocks, num_warps=4, BLOCK_N=triton.next_power_of_2(blocks))
 
