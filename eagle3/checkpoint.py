@@ -1,32 +1,101 @@
-"""Tensor names and the vocabulary map of raw (SafeAI / SpecForge) Eagle3 checkpoints."""
+"""Tensor names of Eagle3 checkpoints, which parts a file brings itself, and its vocabulary map."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from aerie.eagle3.config import Eagle3Config
 from aerie.llama4.checkpoint import Renaming, read_tensors
 from aerie.llama4.json_fields import CheckpointError
 
 MEMBERSHIP = ("t2d", "model.t2d")  # implied by `d2t`; only checked against it
-RENAME = Renaming(
-    prefixes={
-        "midlayer.feed_forward.": "midlayer.mlp.",
-        "layers.0.feed_forward.": "midlayer.mlp.",
-        "model.midlayer.feed_forward.": "midlayer.mlp.",
-        "model.layers.0.feed_forward.": "midlayer.mlp.",
-        "layers.0.": "midlayer.",
-        "model.layers.0.": "midlayer.",
-        "model.": "",
-    },
-    ignored=MEMBERSHIP,
-)
+EMBEDDING, HEAD, MAP = "embed_tokens.weight", "lm_head.weight", "d2t"
+EXPERTS = ("midlayer.mlp.router.", "midlayer.mlp.experts.")
+PREFIXES = {
+    "midlayer.feed_forward.": "midlayer.mlp.",
+    "layers.0.feed_forward.": "midlayer.mlp.",
+    "model.midlayer.feed_forward.": "midlayer.mlp.",
+    "model.layers.0.feed_forward.": "midlayer.mlp.",
+    "layers.0.": "midlayer.",
+    "model.layers.0.": "midlayer.",
+    "model.": "",
+}
+RENAME = Renaming(prefixes=PREFIXES, ignored=MEMBERSHIP)
 
 
-def read_membership(folder: Path) -> Tensor | None:
-    """`t2d` [V] bool, the target ids the draft knows; None if the file has none."""
-    found = read_tensors(folder, lambda name: "t2d" if name in MEMBERSHIP else None)
-    return found.get("t2d")
+@dataclass(frozen=True)
+class OwnParts:
+    """Which of the two large matrices a draft has itself; it shares the target's otherwise."""
+
+    embedding: bool = False
+    head: bool = True
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of all tensors, as this package has them. Raises CheckpointError."""
+    return set(read_tensors(folder, RENAME))
+
+
+def own_parts(names: set[str], config: Eagle3Config) -> OwnParts:
+    """What a file with the tensors `names` (renamed) brings; a head that must be there counts.
+
+    A head may be absent where it would be the target's own: over the full vocabulary, or where the
+    config (`has_lm_head`) or the reader (`lm_head` "target") says so.
+    """
+    is_full = config.draft_vocab_size == config.vocab_size
+    may_lack = is_full or config.shares_target_head
+    match config.reading.lm_head:
+        case "target":
+            head = False
+        case "own":
+            head = True
+        case None:
+            head = HEAD in names or not may_lack
+    return OwnParts(EMBEDDING in names, head)
+
+
+def renaming(parts: OwnParts) -> Renaming:
+    """Leaves out a head that is not wanted."""
+    unwanted = () if parts.head else (HEAD, f"model.{HEAD}")
+    return Renaming(prefixes=PREFIXES, ignored=MEMBERSHIP + unwanted)
+
+
+def optional_tensors(config: Eagle3Config) -> tuple[str, ...]:
+    """The map may be absent where it is the identity, or is not what the map is read from."""
+    is_full = config.draft_vocab_size == config.vocab_size
+    return (MAP,) if is_full or config.reading.vocabulary_map in ("membership", "identity") else ()
+
+
+def check_is_dense(names: set[str]) -> None:
+    """Raises CheckpointError for a mixture-of-experts layer, by its tensors: configs list one even
+    where transformers has derived it."""
+    if any(name.startswith(EXPERTS) for name in names):
+        raise CheckpointError(
+            "config key 'moe_layers': the draft's layer is a mixture of experts (it has router or "
+            "expert tensors); supported is a dense feed-forward"
+        )
+
+
+def read_vocabulary_map(folder: Path, config: Eagle3Config) -> Tensor:
+    """Offsets `d2t` [U], int64, as `config.reading` wants them read. Raises CheckpointError.
+
+    Zeros where there is no map or one of the wrong shape or type, which loading complains about.
+    """
+    found = read_tensors(folder, _maps)
+    size, how = config.draft_vocab_size, config.reading.vocabulary_map or "offsets"
+    t2d_V, d2t_U = found.get("t2d"), found.get(MAP)
+    nothing_U = torch.zeros(size, dtype=torch.int64)
+    if how == "identity":
+        return nothing_U
+    if how == "membership":
+        return _offsets(_members(t2d_V, size, folder))
+    if d2t_U is None or d2t_U.shape != (size,) or d2t_U.dtype not in (torch.int32, torch.int64):
+        return nothing_U
+    d2t_U = _offsets(d2t_U.long()) if how == "target_ids" else d2t_U.long()
+    check_vocabulary_map(d2t_U, t2d_V, config.vocab_size, folder)
+    return d2t_U
 
 
 def check_vocabulary_map(
@@ -42,10 +111,14 @@ def check_vocabulary_map(
     if not inside or not bool((ids_U.diff() > 0).all()):
         raise CheckpointError(
             f"{folder}: j + d2t[j] must rise strictly within 0..{vocab_size - 1}; "
-            f"d2t holds offsets to the draft id, not target ids"
+            f"d2t holds offsets to the draft id, not target ids (vocabulary_map 'target_ids' "
+            f"reads those)"
         )
     if len(d2t_U) > 1 and torch.equal(d2t_U.cpu(), torch.arange(len(d2t_U))):
-        raise CheckpointError(f"{folder}: d2t is 0, 1, 2, ...: target ids where offsets belong")
+        raise CheckpointError(
+            f"{folder}: d2t is 0, 1, 2, ...: target ids where offsets belong (vocabulary_map "
+            f"'identity' if the draft knows the first ids)"
+        )
     if t2d_V is not None and not _agrees(t2d_V, ids_U, vocab_size):
         raise CheckpointError(f"{folder}: t2d does not mark exactly the target ids j + d2t[j]")
     if len(d2t_U) < vocab_size and not bool(d2t_U.any()):
@@ -53,6 +126,23 @@ def check_vocabulary_map(
             f"{folder}: d2t is all zero, but the draft vocabulary ({len(d2t_U)}) is smaller than "
             f"the target's ({vocab_size}); the map was lost when the draft was saved"
         )
+
+
+def _maps(name: str) -> str | None:
+    return {"d2t": MAP, "model.d2t": MAP, "t2d": "t2d", "model.t2d": "t2d"}.get(name)
+
+
+def _offsets(ids_U: Tensor) -> Tensor:
+    return ids_U - torch.arange(len(ids_U))
+
+
+def _members(t2d_V: Tensor | None, size: int, folder: Path) -> Tensor:
+    """The target ids that `t2d` marks, ascending as kept ids are stored."""
+    ids = None if t2d_V is None or t2d_V.ndim != 1 else t2d_V.nonzero().flatten()
+    if ids is None or len(ids) != size:
+        marked = "absent" if ids is None else f"{len(ids)} ids are marked"
+        raise CheckpointError(f"{folder}: t2d must mark {size} target ids to be the map; {marked}")
+    return ids
 
 
 def _agrees(t2d_V: Tensor, ids_U: Tensor, vocab_size: int) -> bool:

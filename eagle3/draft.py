@@ -10,15 +10,32 @@ the normalised vector, the next level the un-normalised one. Row i holds h of po
 token of position i + 1, stands at position and slot i, and predicts position i + 2.
 """
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from aerie.eagle3.checkpoint import RENAME, check_vocabulary_map, read_membership
+from aerie.eagle3.binding import (
+    check_fits,
+    draft_head,
+    is_copy,
+    sharing_decisions,
+    swap_input_halves,
+)
+from aerie.eagle3.checkpoint import (
+    OwnParts,
+    check_is_dense,
+    optional_tensors,
+    own_parts,
+    read_vocabulary_map,
+    renaming,
+    tensor_names,
+)
 from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.reading import AS_WRITTEN, Reading, log_decisions
 from aerie.kernels.aux_projection import AuxProjection, JointNorm, TapNorm
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
@@ -30,10 +47,12 @@ from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rota
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.checkpoint import load_weights, resolve_folder
-from aerie.llama4.json_fields import CheckpointError
+from aerie.llama4.json_fields import CheckpointError, read_fields
 from aerie.llama4.mlp import MLP
 from aerie.llama4.model import LayerOutput, Llama4ForCausalLM
 from aerie.llama4.packing import lay_out_for_eager
+
+OWN_HEAD = OwnParts(embedding=False, head=True)
 
 
 @dataclass(frozen=True)
@@ -84,17 +103,21 @@ class Eagle3Llama4ForCausalLM(nn.Module):
 
     d2t: Tensor
     inv_freq: Tensor
-    embed_tokens: Embedding  # the target's, see `bind`
+    embed_tokens: Embedding  # its own or the target's, as the head; see `bind`
+    lm_head: Linear
 
     def __init__(
         self,
         config: Eagle3Config,
         backend: Backend = "auto",
         device: torch.device | str = "cpu",
+        parts: OwnParts = OWN_HEAD,
     ) -> None:
-        """`device` is where the draft will run; it decides what backend `auto` means."""
+        """`device` is where the draft will run; it decides what backend `auto` means. What `parts`
+        leaves out comes from the target when the draft is bound."""
         super().__init__()
         self.config = config
+        self.parts = parts
         self.backend = resolve(backend, device)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.fc = AuxProjection(
@@ -103,7 +126,10 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         self._add_feature_norms()
         self.midlayer = Eagle3DecoderLayer(config, self.backend)
         self.norm = RMSNorm(width, eps, self.backend)
-        self.lm_head = Linear(width, config.draft_vocab_size, False, self.backend)
+        if parts.embedding:
+            self.embed_tokens = Embedding(config.vocab_size, width, self.backend)
+        if parts.head:
+            self.lm_head = Linear(width, config.draft_vocab_size, False, self.backend)
         with torch.device("cpu"):  # these must exist even while the rest is built on meta
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             inv_freq_J = inverse_frequencies(
@@ -126,32 +152,68 @@ class Eagle3Llama4ForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, target: Llama4ForCausalLM, backend: Backend | None = None
+        cls,
+        path: str | Path,
+        target: Llama4ForCausalLM,
+        backend: Backend | None = None,
+        reading: Reading = AS_WRITTEN,
     ) -> "Eagle3Llama4ForCausalLM":
-        """Loads a raw-layout draft and binds it to `target`: its embedding, dtype, device, taps.
+        """Loads a draft of any format and binds it to `target`: its embedding, dtype, device, taps.
 
-        Strict like the target's loader. Raises CheckpointError listing all that is wrong.
+        `reading` overrides what the files say. Strict like the target's loader. Raises
+        CheckpointError listing all that is wrong.
         """
         folder = resolve_folder(path)
-        config = Eagle3Config.from_pretrained(folder, target.config.num_hidden_layers)
-        _check_fits(config, target)
+        config = Eagle3Config.from_pretrained(folder, target.config.num_hidden_layers, reading)
+        names = tensor_names(folder)
+        parts = own_parts(names, config)
+        check_fits(config, parts, target.config)
         weight = target.lm_head.weight
         with torch.device("meta"):
-            draft = cls(config, backend or target.backend, weight.device)
-        is_full_vocabulary = config.draft_vocab_size == config.vocab_size
-        optional = ("d2t",) if is_full_vocabulary else ()
-        load_weights(draft, folder, RENAME, weight.dtype, weight.device, optional)
+            draft = cls(config, backend or target.backend, weight.device, parts)
+        read_fields(
+            {
+                "layer": lambda: check_is_dense(names),
+                "tensors": lambda: load_weights(
+                    draft,
+                    folder,
+                    renaming(parts),
+                    weight.dtype,
+                    weight.device,
+                    optional_tensors(config),
+                ),
+                "d2t": lambda: draft.d2t.copy_(read_vocabulary_map(folder, config)),
+            }
+        )
+        if config.reading.input_order == "hidden_first":
+            swap_input_halves(draft.midlayer.self_attn.qkv_proj.weight)
         if draft.backend == "eager":
             lay_out_for_eager(draft)
-        check_vocabulary_map(draft.d2t, read_membership(folder), config.vocab_size, folder)
         draft.bind(target)
+        log_decisions(config.decisions, folder)
+        log_decisions(sharing_decisions(config, draft.parts, target.config), folder)
         return draft
 
     def bind(self, target: Llama4ForCausalLM) -> None:
-        """Shares the target's embedding and checks that the target can be tapped as asked."""
+        """Takes what the draft shares from the target, and checks that it can be tapped as asked.
+
+        The target owns what is shared: registered here, it would be moved and saved with the draft.
+        """
         target.set_aux_hidden_state_layers(self.tap_layers(target))
-        # The target owns this module: registered here, it would be moved and saved with the draft.
-        object.__setattr__(self, "embed_tokens", target.model.embed_tokens)
+        shared = target.model.embed_tokens
+        if self.parts.embedding and is_copy(self.embed_tokens, shared):
+            del self.embed_tokens
+            self.parts = replace(self.parts, embedding=False)
+        if not self.parts.embedding:
+            object.__setattr__(self, "embed_tokens", shared)
+        if not self.parts.head:
+            object.__setattr__(self, "lm_head", draft_head(target.lm_head, self.d2t, self.backend))
+        object.__setattr__(self, "_target", weakref.ref(target))
+
+    def is_bound_to(self, target: Llama4ForCausalLM) -> bool:
+        """Whether this is the target whose matrices and taps the draft was given."""
+        bound = getattr(self, "_target", None)
+        return bound is not None and bound() is target
 
     def tap_layers(self, target: Llama4ForCausalLM) -> tuple[int, ...]:
         """The config's tap ids, or the target's default. Raises CheckpointError if unusable."""
@@ -199,7 +261,17 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         return self.lm_head(post_norm_TD) * self.config.logit_scale
 
     def allocate_cache(self, max_length: int, page_size: int = 64) -> PagedKVCache:
-        """A one-layer cache in this draft's dtype and on its device."""
+        """A one-layer cache in this draft's dtype and on its device.
+
+        Raises ValueError beyond a sliding window that the draft was trained with: up to its length
+        all rows are visible either way, further on the logits would not be the draft's.
+        """
+        window = self.config.attention_window
+        if window is not None and max_length > window:
+            raise ValueError(
+                f"max_length: {max_length} exceeds the draft's sliding window of {window}, which "
+                f"is not implemented; shorten prompt and output or decode without this draft"
+            )
         attention, weight = self.config.attention, self.lm_head.weight
         return PagedKVCache(
             1,
@@ -210,21 +282,4 @@ class Eagle3Llama4ForCausalLM(nn.Module):
             dtype=weight.dtype,
             device=weight.device,
             backend=self.backend,
-        )
-
-
-def _check_fits(config: Eagle3Config, target: Llama4ForCausalLM) -> None:
-    width = target.config.hidden_size
-    if config.target_hidden_size != width:
-        raise CheckpointError(
-            f"draft: target_hidden_size {config.target_hidden_size} is not the target's {width}"
-        )
-    if config.hidden_size != width:
-        raise CheckpointError(
-            f"draft: hidden_size {config.hidden_size} is not the target's {width}, whose embedding "
-            f"the draft shares; drafts with an embedding of their own are not read"
-        )
-    if config.vocab_size != target.config.vocab_size:
-        raise CheckpointError(
-            f"draft: vocab_size {config.vocab_size} is not the target's {target.config.vocab_size}"
         )

@@ -153,7 +153,7 @@ def _drafter(
 ) -> Drafter:
     if draft is None:
         return NoDrafter(target.lm_head.weight.device)
-    if draft.embed_tokens is not target.model.embed_tokens:
+    if not draft.is_bound_to(target):
         raise ValueError("draft: was loaded for another target; load it with this one")
     return ChainDrafter(draft, capacity, draft.tap_layers(target))
 

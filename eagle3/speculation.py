@@ -4,17 +4,23 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
+from aerie.eagle3.reading import AS_WRITTEN, KEYS, Reading
+
 MAX_SPECULATIVE_TOKENS = 63  # with the root, a verified tree fits one 64-bit ancestor word per row
 
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """How to draft. `model` is the draft's folder or hub id (None: the caller has one)."""
+    """How to draft. `model` is the draft's folder or hub id (None: the caller has one).
+
+    The keys of `Reading` (`tap_convention`, ...) stand beside the others in the JSON.
+    """
 
     method: str = "eagle3"
     model: str | None = None
     num_speculative_tokens: int = 4
     draft_tensor_parallel_size: int = 1
+    reading: Reading = AS_WRITTEN
 
     def __post_init__(self) -> None:
         if self.method != "eagle3":
@@ -49,13 +55,15 @@ class SpeculativeConfig:
                 "speculative config key 'tensor_parallel_size': the draft's size is set by "
                 "'draft_tensor_parallel_size', the target's outside of the speculative config"
             )
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.name != "reading"] + list(KEYS)
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ValueError(
                 f"speculative config: unknown keys {unknown}; known are {', '.join(known)}"
             )
-        return cls(**values)
+        own = {key: value for key, value in values.items() if key not in KEYS}
+        reading = Reading.from_dict({k: v for k, v in values.items() if k in KEYS})
+        return cls(**own, reading=reading)
 
 
 def check_num_speculative_tokens(k: object) -> None:

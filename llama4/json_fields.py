@@ -6,7 +6,7 @@ A config is data: no value in it makes this package import, run or fetch anythin
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,20 @@ def section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise CheckpointError(f"config key {key!r}: must be an object, got {value!r}")
     return value or {}
+
+
+def read_fields(readers: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What all readers return. Raises one CheckpointError with a line for each that complains."""
+    fields: dict[str, Any] = {}
+    problems: dict[str, None] = {}  # several fields may need the same wrong key
+    for name, reader in readers.items():
+        try:
+            fields[name] = reader()
+        except CheckpointError as error:
+            problems |= dict.fromkeys(str(error).split("\n  "))
+    if problems:
+        raise CheckpointError("\n  ".join(problems))
+    return fields
 
 
 def _get(values: Mapping[str, Any], key: str, default: Any) -> Any:

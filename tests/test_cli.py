@@ -135,6 +135,10 @@ BAD = {
         ("--prompt", "a", "--speculative-config", '{"draft_tensor_parallel_size": 2}'),
         "draft_tensor_parallel_size: must be 1",
     ),
+    "unknown convention": (
+        ("--prompt", "a", "--speculative-config", '{"tap_convention": "inputs"}'),
+        "tap_convention: must be one of output_of, input_to, got 'inputs'",
+    ),
     "not json": (("--prompt", "a", "--speculative-config", "{"), "not valid JSON"),
     "contradiction": (("--prompt", "a", "--no-draft", "--draft", "x"), "contradicts"),
     "no such device": (("--prompt", "a", "--device", "tpu9"), "--device"),

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from aerie import embedded
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Decoding, FinishReason, generate
+from aerie.eagle3.registry import load_draft
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
 from aerie.kernels.backend import Backend
@@ -108,7 +109,7 @@ def load(request: Request) -> Loaded:
     tokenizer = load_tokenizer(folder)
     if request.draft is None:
         return Loaded(target, None, tokenizer)
-    draft = Eagle3Llama4ForCausalLM.from_pretrained(request.draft, target)
+    draft = load_draft(request.draft, target, reading=request.speculation.reading)
     return Loaded(target, draft, tokenizer)
 
 

@@ -5,10 +5,13 @@ that only show as a draft which is never accepted are refused here.
 """
 
 import json
+from logging import WARNING
 
 import pytest
 
-from aerie.eagle3.config import Eagle3Config, draft_no_rope_entry
+from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.config_fields import draft_no_rope_entry
+from aerie.eagle3.reading import AS_WRITTEN, Reading
 from aerie.llama4.attention_config import Temperature
 from aerie.llama4.json_fields import CheckpointError
 
@@ -18,8 +21,10 @@ TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 
 @pytest.fixture
 def read(draft_config):
-    """`read(kind, **changes)`: the parsed config for a target of 8 layers."""
-    return lambda kind, **changes: Eagle3Config.from_hf(draft_config(kind, **changes), DEPTH)
+    """`read(kind, reading=AS_WRITTEN, **changes)`: the config for a target of 8 layers."""
+    return lambda kind, reading=AS_WRITTEN, **changes: Eagle3Config.from_hf(
+        draft_config(kind, **changes), DEPTH, reading
+    )
 
 
 def test_llama_kind(read):
@@ -52,16 +57,22 @@ def test_llama4_kind_without_rope(read):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("changes", "theirs"),
     [
-        ("LlamaForCausalLMEagle3", "llama"),
-        ("Eagle3LlamaForCausalLM", "llama"),
-        ("Llama4ForCausalLM", "llama4"),
-        ("Eagle3Llama4ForCausalLM", "llama4"),
+        ({"norm_output": True}, False),  # SpecForge's norm in front of lm_head
+        ({"norm_output": True, "norm_before_fc": True}, False),
+        ({"eagle_config": {"norm_output": True}}, False),
+        ({"norm_output": True, "fc_norm": True}, True),  # EAGLE-3.1
     ],
+    ids=str,
 )
-def test_architectures(name, kind, read):
-    assert read("llama", architectures=[name]).layer_kind == kind
+def test_norm_output_has_two_meanings(changes, theirs, read):
+    """A doubtful file is read as plain EAGLE-3, says so, and can be overridden."""
+    config = read("llama", **changes)
+    assert config.norm_output == theirs
+    warned = [d for d in config.decisions if d.topic == "norm_output" and d.level >= WARNING]
+    assert bool(warned) != theirs
+    assert read("llama", reading=Reading(norm_output=True), **changes).norm_output
 
 
 @pytest.mark.parametrize(
@@ -90,7 +101,8 @@ def test_defaults(read):
     assert (config.draft_vocab_size, config.target_hidden_size) == (96, 40)
     assert (config.rope.theta, config.rope.scaling) == (10000.0, None)
     assert (config.num_taps, config.aux_hidden_state_layers) == (3, None)
-    assert (config.rms_norm_eps, config.attention.num_kv_heads) == (1e-5, 10)
+    assert (config.rms_norm_eps, config.attention.num_kv_heads) == (1e-6, 10)
+    assert read("llama4", rms_norm_eps=None).rms_norm_eps == 1e-5
     assert not config.norm_before_residual
 
 
@@ -139,14 +151,18 @@ CROSSED = {
 REJECTED = {
     "unknown architecture": ({"architectures": ["MedusaModel"]}, "MedusaModel", "supported are"),
     "no architecture": ({"architectures": None}, "'architectures'", "supported are"),
-    "EAGLE-1": ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM'", "Eagle3"),
+    "EAGLE-1": (
+        {"architectures": ["LlamaForCausalLM"], "draft_vocab_size": None},
+        "'LlamaForCausalLM'",
+        "Eagle3",
+    ),
     "two layers": ({"num_hidden_layers": 2}, "num_hidden_layers", "exactly 1"),
     "yoco global": ({"yoco_global_kv_layer": 3}, "yoco_global_kv_layer", "3"),
     "yoco local": ({"yoco_local_kv_layer": 3}, "yoco_local_kv_layer", "3"),
-    "sliding window": ({"sliding_window": 2048}, "sliding_window", "2048"),
+    "window text": ({"sliding_window": "2048"}, "sliding_window", "'2048'"),
+    "ModelOpt flag": ({"eagle_config": {"use_mtp_layernorm": True}}, "use_mtp_layernorm", "True"),
+    "layer of another model": ({"model_type": "qwen3"}, "model_type", "'qwen3'"),
     "two norms": ({"norm_before_fc": True, "fc_norm": True}, "norm_before_fc", "fc_norm"),
-    "norm_output alone": ({"norm_output": True}, "norm_output", "SpecForge"),
-    "norm_output, joint": ({"norm_output": True, "norm_before_fc": True}, "norm_output", "3.1"),
     "logit scale text": ({"logit_scale": "1"}, "logit_scale", "'1'"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
     "flag is text": ({"norm_before_residual": "no"}, "norm_before_residual", "'no'"),
@@ -181,12 +197,14 @@ def test_rejects(case, read):
 
 IGNORED = {
     "yoco layer 0": ({"yoco_global_kv_layer": 0}, "yoco_global_kv_layer"),
-    "sliding layers": ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    "sliding layers": ({"layer_types": ["sliding_attention"]}, "sliding_window"),
     "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     "parallel drafting": ({"parallel_drafting": True}, "parallel_drafting"),
     "no taps": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
-    "nested flag": ({"eagle_config": {"norm_before_residual": True}}, "norm_before_residual"),
-    "nested variant": ({"eagle_config": {"norm_output": True}}, "norm_output"),
+    "contradiction": (
+        {"norm_before_residual": False, "eagle_config": {"norm_before_residual": True}},
+        "norm_before_residual",
+    ),
     "eagle_config text": ({"eagle_config": "x"}, "eagle_config"),
     "architectures number": ({"architectures": 5}, "architectures"),
     "architectures objects": ({"architectures": [{}]}, "architectures"),
@@ -214,7 +232,7 @@ def test_rejects_no_rope_entry_that_is_no_flag(entry, read):
         ({"no_rope_layers": [0], "floor_scale": 0}, "floor_scale"),
         ({"no_rope_layers": [0], "attn_scale": "0.1"}, "attn_scale"),
         ({"use_qk_norm": "yes"}, "use_qk_norm"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["sliding_attention"]}, "sliding_window"),
         ({"intermediate_size_mlp": "48"}, "intermediate_size_mlp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -245,3 +263,24 @@ def test_rejects_file(content, message, tmp_path):
 def test_reads_the_file(tmp_path, draft_config, read):
     (tmp_path / "config.json").write_text(json.dumps(draft_config("llama4")))
     assert Eagle3Config.from_pretrained(tmp_path, DEPTH) == read("llama4")
+
+
+def test_lists_every_wrong_key(read):
+    with pytest.raises(CheckpointError) as error:
+        read("llama", hidden_size=None, rms_norm_eps="x", num_hidden_layers=2, hidden_act="gelu")
+    lines = str(error.value).split("\n  ")
+    for key in ("hidden_size", "rms_norm_eps", "num_hidden_layers", "hidden_act"):
+        assert sum(key in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 12}, 12),
+        ({"sliding_window": 12, "layer_types": ["sliding_attention"]}, 12),
+        ({"sliding_window": 12, "layer_types": ["full_attention"]}, None),
+    ],
+    ids=str,
+)
+def test_attention_window(changes, window, read):
+    assert read("llama", **changes).attention_window == window
