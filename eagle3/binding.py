@@ -14,6 +14,7 @@ from aerie.kernels.head_rows import head_rows, ids_from_offsets
 from aerie.kernels.linear import Linear
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.json_fields import CheckpointError, read_fields
+from aerie.llama4.packing import lay_out_for_eager
 
 
 def check_fits(config: Eagle3Config, parts: OwnParts, target: Llama4Config) -> None:
@@ -34,6 +35,8 @@ def draft_head(head: Linear, d2t_U: Tensor, backend: ResolvedBackend) -> Linear:
     cut = Linear(head.weight.shape[1], 1, False, backend)
     rows_UD = head_rows(head.weight, ids_from_offsets(d2t_U), backend)
     cut.weight = torch.nn.Parameter(rows_UD, requires_grad=False)
+    if backend == "eager":
+        lay_out_for_eager(cut)
     return cut
 
 

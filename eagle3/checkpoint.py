@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.config import Eagle3Config
-from aerie.llama4.checkpoint import Renaming, read_tensors
+from aerie.llama4.checkpoint import Renaming, read_tensors, renamed
 from aerie.llama4.json_fields import CheckpointError
+from aerie.llama4.stored_tensors import stored_tensors
 
 MEMBERSHIP = ("t2d", "model.t2d")  # implied by `d2t`; only checked against it
 EMBEDDING, HEAD, MAP = "embed_tokens.weight", "lm_head.weight", "d2t"
@@ -35,7 +36,7 @@ class OwnParts:
 
 def tensor_names(folder: Path) -> set[str]:
     """The names of all tensors, as this package has them. Raises CheckpointError."""
-    return set(read_tensors(folder, RENAME))
+    return set(renamed(stored_tensors(folder), RENAME))
 
 
 def own_parts(names: set[str], config: Eagle3Config) -> OwnParts:

@@ -171,6 +171,8 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         weight = target.lm_head.weight
         with torch.device("meta"):
             draft = cls(config, backend or target.backend, weight.device, parts)
+        if draft.backend == "eager":
+            lay_out_for_eager(draft)
         read_fields(
             {
                 "layer": lambda: check_is_dense(names),
@@ -187,8 +189,6 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         )
         if config.reading.input_order == "hidden_first":
             swap_input_halves(draft.midlayer.self_attn.qkv_proj.weight)
-        if draft.backend == "eager":
-            lay_out_for_eager(draft)
         draft.bind(target)
         log_decisions(config.decisions, folder)
         log_decisions(sharing_decisions(config, draft.parts, target.config), folder)
