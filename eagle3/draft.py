@@ -48,6 +48,7 @@ from aerie.llama4.attention import Attention
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.checkpoint import load_weights, resolve_folder
 from aerie.llama4.json_fields import CheckpointError, read_fields
+from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
 from aerie.llama4.model import LayerOutput, Llama4ForCausalLM
 from aerie.llama4.packing import lay_out_for_eager
@@ -260,8 +261,10 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         """[T, U] logits over the draft vocabulary."""
         return self.lm_head(post_norm_TD) * self.config.logit_scale
 
-    def allocate_cache(self, max_length: int, page_size: int = 64) -> PagedKVCache:
-        """A one-layer cache in this draft's dtype and on its device.
+    def allocate_cache(
+        self, max_length: int, page_size: int = 64, kv_cache_dtype: KVCacheDtype = "auto"
+    ) -> PagedKVCache:
+        """A one-layer cache in this draft's dtype (or of FP8 codes) and on its device.
 
         Raises ValueError beyond a sliding window that the draft was trained with: up to its length
         all rows are visible either way, further on the logits would not be the draft's.
@@ -278,8 +281,9 @@ class Eagle3Llama4ForCausalLM(nn.Module):
             attention.num_kv_heads,
             attention.head_dim,
             max_length,
+            kv_scales=[self.midlayer.self_attn.kv_scales],
             page_size=page_size,
-            dtype=weight.dtype,
+            dtype=cache_dtype(kv_cache_dtype, weight.dtype),
             device=weight.device,
             backend=self.backend,
         )

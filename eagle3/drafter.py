@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.tree import DraftTree, chain
+from aerie.llama4.kv_scales import KVCacheDtype
 
 
 class Drafter(Protocol):
@@ -52,12 +53,16 @@ class ChainDrafter:
     """Greedy chains from an Eagle3 draft, with the draft's own cache."""
 
     def __init__(
-        self, draft: Eagle3Llama4ForCausalLM, max_length: int, tap_layers: tuple[int, ...] = ()
+        self,
+        draft: Eagle3Llama4ForCausalLM,
+        max_length: int,
+        tap_layers: tuple[int, ...] = (),
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         """`tap_layers` as `draft.tap_layers(target)` gives them."""
         self.draft = draft
         self.tap_layers = tap_layers
-        self.cache = draft.allocate_cache(max_length)
+        self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
         self._last: Level | None = None
 
     def observe(self, aux_hidden_states: Sequence[Tensor], next_ids_T: Tensor) -> None:

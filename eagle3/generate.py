@@ -18,6 +18,7 @@ from aerie.eagle3.speculation import check_num_speculative_tokens
 from aerie.eagle3.stats import Stats
 from aerie.eagle3.verify import Verified, Verifier
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
+from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 
 PREFILL_ROWS = 1024  # rows of one prefill pass; bounds its activations
@@ -46,8 +47,12 @@ class Decoding:
         num_speculative_tokens: int = 4,
         eos_token_ids: Sequence[int] | None = None,
         drafter: Drafter | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
-        """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain."""
+        """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain.
+
+        `kv_cache_dtype` is that of the target's cache and of the draft's.
+        """
         _check_prompt(prompt_ids, max_new_tokens, target)
         check_num_speculative_tokens(num_speculative_tokens)
         self.context = target.config.max_position_embeddings
@@ -60,8 +65,10 @@ class Decoding:
         needed = len(self.prompt_ids) + max_new_tokens + num_speculative_tokens + 1
         capacity = min(self.context, needed)
         largest_step = max(PREFILL_ROWS, MAX_TREE_ROWS)
-        cache = target.allocate_cache(capacity, max_step_rows=largest_step)
-        self.drafter = drafter or _drafter(draft, target, capacity)
+        cache = target.allocate_cache(
+            capacity, max_step_rows=largest_step, kv_cache_dtype=kv_cache_dtype
+        )
+        self.drafter = drafter or _drafter(draft, target, capacity, kv_cache_dtype)
         self.verifier = Verifier(target, cache, target.backend, self.drafter.tap_layers)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -135,13 +142,22 @@ def generate(
     draft: Eagle3Llama4ForCausalLM | None = None,
     num_speculative_tokens: int = 4,
     eos_token_ids: Sequence[int] | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
 ) -> Generation:
     """Greedy decoding of one prompt; with a `draft`, the same tokens in fewer target passes.
 
-    Raises ValueError for an empty or too long prompt, ids outside the vocabulary, or counts < 1.
+    `kv_cache_dtype` "fp8" keeps keys and values as e4m3 codes: half of bfloat16's memory and reads.
+    Raises ValueError for an empty or too long prompt, ids outside the vocabulary, counts < 1, or
+    another cache dtype.
     """
     decoding = Decoding(
-        target, prompt_ids, max_new_tokens, draft, num_speculative_tokens, eos_token_ids
+        target,
+        prompt_ids,
+        max_new_tokens,
+        draft,
+        num_speculative_tokens,
+        eos_token_ids,
+        kv_cache_dtype=kv_cache_dtype,
     )
     tokens = [token for burst in decoding for token in burst]
     assert decoding.finish_reason is not None
@@ -149,13 +165,16 @@ def generate(
 
 
 def _drafter(
-    draft: Eagle3Llama4ForCausalLM | None, target: Llama4ForCausalLM, capacity: int
+    draft: Eagle3Llama4ForCausalLM | None,
+    target: Llama4ForCausalLM,
+    capacity: int,
+    kv_cache_dtype: KVCacheDtype,
 ) -> Drafter:
     if draft is None:
         return NoDrafter(target.lm_head.weight.device)
     if not draft.is_bound_to(target):
         raise ValueError("draft: was loaded for another target; load it with this one")
-    return ChainDrafter(draft, capacity, draft.tap_layers(target))
+    return ChainDrafter(draft, capacity, draft.tap_layers(target), kv_cache_dtype)
 
 
 def _check_prompt(

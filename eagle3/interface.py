@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4Output
 
 
@@ -22,7 +23,9 @@ class SupportsEagle3(Protocol):
 
     def get_eagle3_aux_hidden_state_layers(self) -> tuple[int, ...]: ...
 
-    def allocate_cache(self, max_length: int, *, max_step_rows: int) -> PagedKVCache: ...
+    def allocate_cache(
+        self, max_length: int, *, max_step_rows: int, kv_cache_dtype: KVCacheDtype
+    ) -> PagedKVCache: ...
 
     def __call__(
         self, input_ids_T: Tensor, step: Step, logit_rows: Tensor | None = None

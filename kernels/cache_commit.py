@@ -30,9 +30,14 @@ def cache_commit_ref(
     source_P, target_P = source_slots_P[moved], target_slots_P[moved]
     if source_P.numel() == 0:
         return
-    for cache_LRCGK in (k_cache_LRCGK, v_cache_LRCGK):
+    for cache_LRCGK in map(_bytewise, (k_cache_LRCGK, v_cache_LRCGK)):
         flat_LSGK = cache_LRCGK.flatten(1, 2)
         flat_LSGK.index_copy_(1, target_P, flat_LSGK.index_select(1, source_P))
+
+
+def _bytewise(cache_LRCGK: Tensor) -> Tensor:
+    """FP8 codes as bytes: PyTorch moves no FP8 by index on every device, nor sm_80 at all."""
+    return cache_LRCGK.view(torch.uint8) if cache_LRCGK.itemsize == 1 else cache_LRCGK
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -125,4 +130,5 @@ def cache_commit(
             f"target_slots_P: must have the {source_slots_P.numel()} entries of source_slots_P, "
             f"got {target_slots_P.numel()}"
         )
-    _cache_commit_op(k_cache_LRCGK, v_cache_LRCGK, source_slots_P, target_slots_P)
+    caches = _bytewise(k_cache_LRCGK), _bytewise(v_cache_LRCGK)
+    _cache_commit_op(*caches, source_slots_P, target_slots_P)

@@ -96,9 +96,12 @@ def _attend_ref(
 def _gathered(
     cache_RCGK: Tensor, scale: Tensor | None, seen: SeenKeys, dtype: torch.dtype
 ) -> Tensor:
-    x_SGK = rounded(cache_RCGK.view(-1, *cache_RCGK.shape[2:])[seen.slots], dtype)
-    if scale is not None:
-        x_SGK = x_SGK * scale.to(dtype)[:, None]
+    slots_SGK = cache_RCGK.view(-1, *cache_RCGK.shape[2:])
+    if scale is None:
+        x_SGK = rounded(slots_SGK[seen.slots], dtype)
+    else:  # PyTorch gathers no FP8 on every device, but bytes
+        codes_SGK = slots_SGK.view(torch.uint8)[seen.slots].view(cache_RCGK.dtype)
+        x_SGK = codes_SGK.to(dtype) * scale.to(dtype)[:, None]
     return x_SGK.transpose(0, 1)
 
 

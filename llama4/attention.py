@@ -22,11 +22,15 @@ from aerie.kernels.tree_attention import (
 )
 from aerie.llama4.attention_config import AttentionSpec
 from aerie.llama4.cache import Step
+from aerie.llama4.kv_scales import KVScales
 from aerie.llama4.packing import PackedModule, Packing
 
 
 class Attention(PackedModule):
-    """One attention layer as its `AttentionSpec` says; `layer` is its index in the cache."""
+    """One attention layer as its `AttentionSpec` says; `layer` is its index in the cache.
+
+    `kv_scales` is what `allocate_cache` gives an FP8 cache for this layer: a loader may replace it.
+    """
 
     def __init__(self, spec: AttentionSpec, layer: int, backend: ResolvedBackend) -> None:
         query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -39,6 +43,7 @@ class Attention(PackedModule):
             )
         self.spec = spec
         self.layer = layer
+        self.kv_scales = KVScales.ones()
         self.qkv_proj = Linear(spec.input_size, sum(parts.values()), spec.bias, backend)
         self.o_proj = Linear(query_size, spec.hidden_size, spec.bias, backend)
         self._prologue = pick(backend, attention_prologue, attention_prologue_ref)
@@ -60,9 +65,18 @@ class Attention(PackedModule):
             layout=spec.rotary_layout or "interleaved",
             qk_norm_eps=spec.qk_norm_eps,
             temperature=self._at(placement.rows.positions_T),
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
         )
         attended_THK = self._tree_attention(
-            q_THK, kv.k_RCGK, kv.v_RCGK, placement.rows, spec.chunk_size, spec.head_dim**-0.5
+            q_THK,
+            kv.k_RCGK,
+            kv.v_RCGK,
+            placement.rows,
+            spec.chunk_size,
+            spec.head_dim**-0.5,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
         )
         return self.o_proj(attended_THK.flatten(-2))
 

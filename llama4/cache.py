@@ -19,9 +19,11 @@ from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.cache_commit import cache_commit, cache_commit_ref
+from aerie.kernels.stream_launch import FP8
 from aerie.kernels.tree_attention import MAX_TREE_ROWS, TreeRows
 from aerie.llama4.kv_plan import plan_pools
 from aerie.llama4.kv_pool import KVPool
+from aerie.llama4.kv_scales import KVScales
 
 MAX_STEP_ROWS = 1024  # rows of a sequence in one step, unless a cache is allocated for more
 
@@ -80,6 +82,8 @@ class LayerKV:
     pool: int
     k_RCGK: Tensor
     v_RCGK: Tensor
+    k_scale: Tensor | None  # float32 [1] or [G], of FP8 codes only
+    v_scale: Tensor | None
 
 
 class PagedKVCache:
@@ -98,6 +102,7 @@ class PagedKVCache:
         max_length: int,
         *,
         chunk_sizes: Sequence[int | None] | None = None,
+        kv_scales: Sequence[KVScales] | None = None,
         max_step_rows: int = MAX_STEP_ROWS,
         num_sequences: int = 1,
         page_size: int = 64,
@@ -105,16 +110,18 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         backend: ResolvedBackend = "eager",
     ) -> None:
-        """`chunk_sizes` has an entry per layer, None for full attention, as no list means.
+        """`chunk_sizes` and `kv_scales` have an entry per layer: a chunk size of None, as no list
+        means, is full attention. `dtype` float8_e4m3fn keeps codes; their scales are 1 by default.
 
         Raises ValueError where the memory does not suffice.
         """
-        chunk_sizes = [None] * num_layers if chunk_sizes is None else chunk_sizes
-        assert len(chunk_sizes) == num_layers
+        chunk_sizes = chunk_sizes or [None] * num_layers
+        kv_scales = kv_scales or [KVScales.ones()] * num_layers
+        assert len(chunk_sizes) == len(kv_scales) == num_layers
         plans = plan_pools(chunk_sizes, max_length, page_size, max_step_rows)
         row_shape = (page_size, num_kv_heads, head_dim)
         self.pools = [KVPool(plan, num_sequences, row_shape, dtype, device) for plan in plans]
-        self.layers = _layers(self.pools)
+        self.layers = _layers(self.pools, kv_scales)
         self.lengths = [0] * num_sequences
         self.max_length = max_length
         self.max_step_rows = max_step_rows
@@ -219,12 +226,14 @@ def _flat_slots(pool: KVPool, logical: list[Tensor]) -> Tensor:
     return torch.cat([pool.slots(sequence, slots) for sequence, slots in enumerate(logical)])
 
 
-def _layers(pools: Sequence[KVPool]) -> list[LayerKV]:
-    layers = {
-        layer: LayerKV(index, k_RCGK, v_RCGK)
-        for index, pool in enumerate(pools)
-        for layer, k_RCGK, v_RCGK in zip(
-            pool.plan.layers, pool.k_LRCGK.unbind(0), pool.v_LRCGK.unbind(0), strict=True
-        )
-    }
+def _layers(pools: Sequence[KVPool], kv_scales: Sequence[KVScales]) -> list[LayerKV]:
+    layers: dict[int, LayerKV] = {}
+    for index, pool in enumerate(pools):
+        keys_and_values = zip(pool.k_LRCGK.unbind(0), pool.v_LRCGK.unbind(0), strict=True)
+        for layer, (k_RCGK, v_RCGK) in zip(pool.plan.layers, keys_and_values, strict=True):
+            if k_RCGK.dtype == FP8:
+                scales = kv_scales[layer].to(k_RCGK.device)
+                layers[layer] = LayerKV(index, k_RCGK, v_RCGK, scales.k_scale, scales.v_scale)
+            else:
+                layers[layer] = LayerKV(index, k_RCGK, v_RCGK, None, None)
     return [layers[layer] for layer in range(len(layers))]

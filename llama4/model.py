@@ -19,6 +19,7 @@ from aerie.llama4.attention import Attention
 from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
 from aerie.llama4.checkpoint import Renaming, load_weights, resolve_folder
 from aerie.llama4.config import Llama4Config
+from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
 from aerie.llama4.moe import MoE
 from aerie.llama4.packing import lay_out_for_eager
@@ -159,20 +160,25 @@ class Llama4ForCausalLM(nn.Module):
         num_sequences: int = 1,
         page_size: int = 64,
         max_step_rows: int = MAX_STEP_ROWS,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> PagedKVCache:
-        """A cache for this model's layers, dtype and device; `max_step_rows` rows fit in a step."""
+        """A cache for this model's layers, dtype and device; `max_step_rows` rows fit in a step.
+
+        `kv_cache_dtype` "fp8" stores e4m3 codes, with the layers' `kv_scales`.
+        """
         config, weight = self.config, self.lm_head.weight
-        layers = range(config.num_hidden_layers)
+        attentions = [layer.self_attn for layer in self.model.layers]
         return PagedKVCache(
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
             max_length,
-            chunk_sizes=[config.attention(layer).chunk_size for layer in layers],
+            chunk_sizes=[attention.spec.chunk_size for attention in attentions],
+            kv_scales=[attention.kv_scales for attention in attentions],
             max_step_rows=max_step_rows,
             num_sequences=num_sequences,
             page_size=page_size,
-            dtype=weight.dtype,
+            dtype=cache_dtype(kv_cache_dtype, weight.dtype),
             device=weight.device,
             backend=self.backend,
         )

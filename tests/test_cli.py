@@ -45,6 +45,13 @@ def test_json_is_one_object_on_stdout():
     assert printed["stats"]["num_drafts"] > 0
 
 
+def test_fp8_cache():
+    result = generate("--prompt", "A class", "--kv-cache-dtype", "fp8", "--check", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["identical"] is True
+    assert generate("--prompt", "A class", "--kv-cache-dtype", "int8").exit_code == 2
+
+
 def test_text_streams_before_the_table():
     as_json = json.loads(generate("--prompt", "A class", "--json").stdout)
     shown = generate("--prompt", "A class", "--check")
@@ -202,8 +209,8 @@ def test_check_exits_1_when_ids_differ(monkeypatch):
     """The comparison itself: a plain run that is made to differ must be reported."""
     from aerie import run
 
-    def tampered(*arguments):
-        result = plain(*arguments)
+    def tampered(*arguments, **named):
+        result = plain(*arguments, **named)
         result.tokens[3] += 1
         return result
 

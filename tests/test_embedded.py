@@ -73,6 +73,24 @@ def test_taps_one_layer_early_lower_the_acceptance(target, draft, tokenizer):
     assert shifted < right - 0.1
 
 
+def test_fp8_cache_stays_close_and_lossless(target, draft, tokenizer):
+    """2 to 3 % of the logits' norm here; the tokens are the same with a draft and without."""
+    for prompt in heldout(tokenizer)[:3]:
+        plain = generate(target, prompt, NEW_TOKENS, kv_cache_dtype="fp8")
+        speculative = generate(target, prompt, NEW_TOKENS, draft, 4, kv_cache_dtype="fp8")
+        assert speculative.tokens == plain.tokens
+        ids = torch.tensor(prompt + plain.tokens)
+        with torch.inference_mode():
+            exact, fp8 = (
+                target(
+                    ids, target.allocate_cache(200, kv_cache_dtype=kind).causal_step(len(ids))
+                ).logits_TV
+                for kind in ("auto", "fp8")
+            )
+        assert 1e-3 < (fp8 - exact).norm() / exact.norm() < 0.06
+        assert (fp8.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
+
+
 def test_greedy_text_is_english(target, tokenizer):
     """Words of its own domain, not noise: most words of a continuation occur in the corpus."""
     known = set(re.findall(r"[a-z]+", (ASSETS / "corpus.txt").read_text().lower()))

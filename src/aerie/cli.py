@@ -38,6 +38,11 @@ class DtypeName(StrEnum):
     float16 = "float16"
 
 
+class KVCacheDtypeName(StrEnum):
+    auto = "auto"
+    fp8 = "fp8"
+
+
 def main() -> None:
     """Console entry point."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -69,6 +74,9 @@ def generate(
     dtype: Annotated[
         DtypeName, typer.Option(help="auto: bfloat16 on a GPU, else float32.")
     ] = DtypeName.auto,
+    kv_cache_dtype: Annotated[
+        KVCacheDtypeName, typer.Option(help="Of the keys and values. auto: the dtype.")
+    ] = KVCacheDtypeName.auto,
     check: Annotated[
         bool, typer.Option("--check", help="Also decode without the draft and compare the ids.")
     ] = False,
@@ -86,6 +94,7 @@ def generate(
             backend=backend.value,
             device=device,
             dtype=dtype.value,
+            kv_cache_dtype=kv_cache_dtype.value,
             check=check,
         )
         loaded = load(request)

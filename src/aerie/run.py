@@ -9,12 +9,13 @@ from tokenizers import Tokenizer
 
 from aerie import embedded
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.generate import Decoding, FinishReason, generate
+from aerie.eagle3.generate import Decoding, FinishReason, Generation, generate
 from aerie.eagle3.registry import load_draft
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
 from aerie.kernels.backend import Backend
 from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import TextStream, load_tokenizer
 
@@ -31,6 +32,7 @@ class Request:
     backend: Backend
     device: torch.device
     dtype: torch.dtype
+    kv_cache_dtype: KVCacheDtype
     check: bool
 
     @classmethod
@@ -46,6 +48,7 @@ class Request:
         backend: Backend,
         device: str,
         dtype: str,
+        kv_cache_dtype: KVCacheDtype,
         check: bool,
     ) -> "Request":
         """Resolves defaults. Raises ValueError naming what is wrong."""
@@ -69,6 +72,7 @@ class Request:
             backend=backend,
             device=resolved_device,
             dtype=_dtype(dtype, resolved_device),
+            kv_cache_dtype=kv_cache_dtype,
             check=check,
         )
 
@@ -122,6 +126,7 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         request.max_new_tokens,
         loaded.draft,
         request.speculation.num_speculative_tokens,
+        kv_cache_dtype=request.kv_cache_dtype,
     )
     stream = TextStream(loaded.tokenizer)
     for burst in decoding:
@@ -131,7 +136,7 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
     if on_text is not None:
         on_text(stream.flush())
     assert decoding.finish_reason is not None
-    plain = generate(loaded.target, prompt_ids, request.max_new_tokens) if request.check else None
+    plain = _plain(request, loaded, prompt_ids) if request.check else None
     return Outcome(
         text=stream.text,
         tokens=decoding.tokens,
@@ -139,6 +144,12 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         stats=decoding.stats,
         plain_tokens=plain and plain.tokens,
         plain_stats=plain and plain.stats,
+    )
+
+
+def _plain(request: Request, loaded: Loaded, prompt_ids: list[int]) -> Generation:
+    return generate(
+        loaded.target, prompt_ids, request.max_new_tokens, kv_cache_dtype=request.kv_cache_dtype
     )
 
 

@@ -118,9 +118,9 @@ def aux_projection(rows: int, kind: str) -> None:
         _aux_projection.aux_projection([x] * 3, matrix, norm=joint, scale_F=scales)
 
 
-@op()
+@op(fp8=True)
 def cache_commit(rows: int, kind: str) -> None:
-    layers, slots = floats(kind, 2, 4, 64, G, K), integers(rows)
+    layers, slots = weight(kind, 2, 4, 64, G, K), integers(rows)
     _cache_commit.cache_commit(layers, layers, slots, slots)
 
 

@@ -22,6 +22,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",

@@ -1,9 +1,9 @@
 """Cache commit against its reference, and both against a move through a copy.
 
 Regimes: a path whose later targets are earlier sources (in-place order), a chain (nothing moves),
-several sequences on interleaved pages, skipped pairs, one pair, no pair, widths off a power of two
-and on both sides of a tile, layers with a gap between them, slots and layers beyond 2^31 elements,
-writes outside the caches, bad arguments.
+several sequences on interleaved pages, skipped pairs, FP8 codes, one pair, no pair, widths off a
+power of two and on both sides of a tile, layers with a gap between them, slots and layers beyond
+2^31 elements, writes outside the caches, bad arguments.
 """
 
 import pytest
@@ -61,6 +61,18 @@ def test_matches_ref(path, device, dtypes):
     target = _slots([-1 if r < 0 else prefix + p for p, r in enumerate(path)], page_table, device)
     for dtype in dtypes:
         _check(_caches(device, dtype=dtype), source, target)
+
+
+def test_fp8_codes_are_moved_as_bytes(device):
+    codes = torch.randint(256, (2, 3, 6, 4, 2, 24), dtype=torch.uint8, device=device)
+    source = torch.tensor([3, 7, 9, 20], device=device)
+    target = torch.tensor([3, 4, 7, 9], device=device)
+    expected, by_ref = codes.clone(), codes.clone()
+    expected.flatten(2, 3)[:, :, target] = codes.flatten(2, 3)[:, :, source]
+    cache_commit(*codes.view(torch.float8_e4m3fn), source, target)
+    cache_commit_ref(*by_ref.view(torch.float8_e4m3fn), source, target)
+    assert same_bits(codes, expected)
+    assert same_bits(by_ref, expected)
 
 
 def test_one_negative_side_skips_the_pair(device):
