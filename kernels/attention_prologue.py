@@ -25,7 +25,7 @@ from aerie.kernels.attention_temperature import attention_temperature_ref
 from aerie.kernels.backend import check_launchable
 from aerie.kernels.kv_append import kv_append_ref
 from aerie.kernels.prologue_checks import FP8_MAX, Temperature, check_prologue
-from aerie.kernels.rope import Layout, rope_ref
+from aerie.kernels.rope import Layout, turn_ref
 from aerie.kernels.rotation import Rotation
 from aerie.kernels.stream_launch import scale_stride
 
@@ -47,11 +47,12 @@ def attention_prologue_ref(
 ) -> Tensor:
     """The references of the single steps, one after the other; writes the caches in place."""
     kv_heads, head_dim = k_cache_RCGK.shape[2:]
-    heads = qkv_TF.unflatten(1, (qkv_TF.shape[1] // head_dim, head_dim))
-    q_THK, k_TGK, v_TGK = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    heads = qkv_TF.view(len(qkv_TF), qkv_TF.shape[1] // head_dim, head_dim)
+    num_turned = heads.shape[1] - kv_heads
+    turned, v_TGK = torch.split_with_sizes(heads, (num_turned, kv_heads), dim=1)
     if rotation is not None:
-        rotated = rope_ref(q_THK, k_TGK, rotation, layout, qk_norm_eps)
-        q_THK, k_TGK = rotated.q_THK, rotated.k_TGK
+        turned = turn_ref(turned, rotation, layout, qk_norm_eps)
+    q_THK, k_TGK = torch.split_with_sizes(turned, (num_turned - kv_heads, kv_heads), dim=1)
     if temperature is not None:
         q_THK = attention_temperature_ref(
             q_THK, temperature.positions_T, temperature.floor_scale, temperature.attn_scale

@@ -6,6 +6,7 @@ whether its functions are compiled or interpreted, and `INTERPRETED` only looks 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 import torch
@@ -55,6 +56,17 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x.to(dtype)`, without the call into PyTorch where nothing would happen."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def constant(value: float, like: torch.Tensor) -> torch.Tensor:
+    """`value` as a scalar tensor of the dtype and on the device of `like`, built once."""
+    return _constant(value, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # usable in training too, wherever it was asked for first
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def check_dtype(name: str, x: torch.Tensor) -> None:

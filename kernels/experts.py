@@ -15,6 +15,7 @@ product instead.
 Letters: T rows, A experts per token, E experts, D hidden, F feed-forward width (F2 = 2 F columns).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -30,27 +31,33 @@ from aerie.kernels.swiglu import swiglu_ref
 def experts_ref(
     x_TD: Tensor, routing: Routing, gate_up_EDF2: Tensor, down_EFD: Tensor, shared_TD: Tensor
 ) -> Tensor:
-    """The formula above in PyTorch, one pass per distinct expert of the step."""
-    ids = routing.ids_TA.flatten().tolist()
-    choices = routing.ids_TA.shape[1]
+    """The formula above in PyTorch; the rows of one expert are multiplied together."""
+    ids, choices = routing.ids_TA.view(-1).tolist(), routing.ids_TA.shape[1]
     chosen_TD = x_TD if choices == 1 else x_TD.repeat_interleave(choices, dim=0)
-    pairs = chosen_TD * routing.scores_TA.view(-1, 1)
-    if len(set(ids)) == 1:
-        routed = _expert_ref(pairs, gate_up_EDF2[ids[0]], down_EFD[ids[0]])
-    else:
-        routed = torch.empty_like(pairs)
-        for e in sorted(set(ids)):
-            mine = torch.tensor([p for p, i in enumerate(ids) if i == e], device=x_TD.device)
-            y = _expert_ref(pairs.index_select(0, mine), gate_up_EDF2[e], down_EFD[e])
-            routed.index_copy_(0, mine, y)
+    routed = _routed_ref(chosen_TD * routing.scores_TA.view(-1, 1), ids, gate_up_EDF2, down_EFD)
     if choices > 1:
         routed = routed.view(-1, choices, x_TD.shape[1]).sum(dim=1)
     return shared_TD + routed
 
 
-def _expert_ref(x_TD: Tensor, gate_up_DF2: Tensor, down_FD: Tensor) -> Tensor:
-    gate_TF, up_TF = (x_TD @ gate_up_DF2).chunk(2, dim=-1)
-    return swiglu_ref(gate_TF, up_TF) @ down_FD
+def _routed_ref(pairs: Tensor, ids: list[int], gate_up_EDF2: Tensor, down_EFD: Tensor) -> Tensor:
+    """Every pair through its expert. Sorted by expert, so that only the products are separate."""
+    if not ids:
+        return pairs
+    if len(set(ids)) == 1:
+        return _swiglu_halves(pairs @ gate_up_EDF2[ids[0]]) @ down_EFD[ids[0]]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    counts = Counter(ids[pair] for pair in order)
+    order_P = torch.tensor(order, dtype=torch.int64, device=pairs.device)
+    mine = pairs.index_select(0, order_P).split(list(counts.values()))
+    both = [x @ gate_up_EDF2[e] for e, x in zip(counts, mine, strict=True)]
+    inner = _swiglu_halves(torch.cat(both)).split(list(counts.values()))
+    outer = [x @ down_EFD[e] for e, x in zip(counts, inner, strict=True)]
+    return torch.empty_like(pairs).index_copy_(0, order_P, torch.cat(outer))
+
+
+def _swiglu_halves(gate_up_TF2: Tensor) -> Tensor:
+    return swiglu_ref(*gate_up_TF2.chunk(2, dim=-1))
 
 
 @triton.jit

@@ -39,21 +39,22 @@ def rope_ref(
     q_THK: Tensor, k_TGK: Tensor, rotation: Rotation, layout: Layout, qk_norm_eps: float | None
 ) -> RotatedHeads:
     """The formula above in PyTorch, float32 inside."""
-    heads = _rotate_ref(torch.cat((q_THK, k_TGK), dim=1), rotation, layout)
-    if qk_norm_eps is not None:
-        heads = normalise_ref(heads, qk_norm_eps)
+    heads = turn_ref(torch.cat((q_THK, k_TGK), dim=1), rotation, layout, qk_norm_eps)
     return RotatedHeads(*heads.split((q_THK.shape[1], k_TGK.shape[1]), dim=1))
 
 
-def _rotate_ref(x_THK: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
+def turn_ref(
+    x_THK: Tensor, rotation: Rotation, layout: Layout, qk_norm_eps: float | None
+) -> Tensor:
+    """Rotation and norm of any heads; a pair is a complex number, of which neighbours are views."""
     wide = widened(x_THK)
     if layout == "half":
         turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation.turns_T1J
         rotated = torch.cat((turned.real, turned.imag), dim=-1)
     else:
-        pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], wide.shape[-1] // 2, 2))
-        rotated = torch.view_as_real(pairs * rotation.turns_T1J).view(wide.shape)
-    return rounded(rotated, x_THK.dtype)
+        rotated = (wide.view(wide.dtype.to_complex()) * rotation.turns_T1J).view(wide.dtype)
+    rotated = rounded(rotated, x_THK.dtype)
+    return rotated if qk_norm_eps is None else normalise_ref(rotated, qk_norm_eps)
 
 
 @triton.jit

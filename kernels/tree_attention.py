@@ -25,7 +25,6 @@ K head dimension, R pages in the pool, C tokens per page, M pages per sequence.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -79,18 +78,26 @@ def tree_attention_ref(
 def _attend_ref(
     q_NHK: Tensor, caches: tuple[tuple[Tensor, Tensor | None], ...], seen: SeenKeys, scale: float
 ) -> Tensor:
-    q_HNK = widened(q_NHK).transpose(0, 1)
-    k_GSK, v_GSK = (_gathered(*cache, seen, q_HNK.dtype) for cache in caches)
-    bias_NS = seen.bias_NS  # PyTorch misreads a mask of another float type, and says nothing
-    out_1HNK = F.scaled_dot_product_attention(
-        q_HNK[None],
-        k_GSK[None],
-        v_GSK[None],
-        attn_mask=None if bias_NS is None else rounded(bias_NS, q_HNK.dtype),
-        scale=scale,
-        enable_gqa=True,
-    )
-    return rounded(out_1HNK[0].transpose(0, 1), q_NHK.dtype)
+    """softmax(scale q k^T + bias) v, the heads of a group packed as rows: P = N * H / G."""
+    k_GSK, v_GSK = (_gathered(*cache, seen, widened(q_NHK).dtype) for cache in caches)
+    kv_heads = len(k_GSK)
+    q_GPK = _packed(widened(q_NHK), kv_heads)
+    bias_PS = rounded(seen.bias(q_GPK.shape[1]), q_GPK.dtype)
+    scores_GPS = torch.baddbmm(bias_PS, q_GPK, k_GSK.transpose(1, 2), alpha=scale)
+    out_GPK = torch.bmm(scores_GPS.softmax(dim=-1), v_GSK)
+    return rounded(_unpacked(out_GPK, q_NHK.shape), q_NHK.dtype)
+
+
+def _packed(q_NHK: Tensor, kv_heads: int) -> Tensor:
+    rows, heads, head_dim = q_NHK.shape
+    q_NGRK = q_NHK.view(rows, kv_heads, heads // kv_heads, head_dim)
+    return q_NGRK.transpose(0, 1).reshape(kv_heads, -1, head_dim)
+
+
+def _unpacked(out_GPK: Tensor, shape: torch.Size) -> Tensor:
+    kv_heads, packed, head_dim = out_GPK.shape
+    out_GNRK = out_GPK.view(kv_heads, shape[0], packed // shape[0], head_dim)
+    return out_GNRK.transpose(0, 1).reshape(shape)
 
 
 def _gathered(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TREE_ROWS = 64  # bits of an ancestor word
+ROW_BLOCK = 256  # rows of a prompt that the reference attends at once; bounds its scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +29,21 @@ class TreeRows:
     _seen: dict = field(default_factory=dict, init=False, repr=False)  # memo of `seen_keys`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SeenKeys:
-    """What the rows of one sequence read: slots, and an additive mask unless all see all."""
+    """What some rows of one sequence read: slots, and an additive mask."""
 
     rows: slice
     slots: Tensor | slice  # flat; a slice where they follow each other, which needs no gather
-    bias_NS: Tensor | None
+    bias_NS: Tensor  # 0 or -inf; [1, 1] where a single row sees all
+    _packed: dict = field(default_factory=dict, init=False, repr=False)  # memo of `bias`
+
+    def bias(self, packed_rows: int) -> Tensor:
+        """The mask of rows that are packed with their heads, a row's heads side by side."""
+        if packed_rows not in self._packed:
+            repeats = packed_rows // len(self.bias_NS)
+            self._packed[packed_rows] = self.bias_NS.repeat_interleave(repeats, dim=0)
+        return self._packed[packed_rows]
 
 
 def seen_keys(rows: TreeRows, page_size: int, chunk_size: int | None) -> list[SeenKeys]:
@@ -42,26 +51,36 @@ def seen_keys(rows: TreeRows, page_size: int, chunk_size: int | None) -> list[Se
     if (page_size, chunk_size) not in rows._seen:
         starts, prefixes = rows.row_starts_B1.tolist(), rows.prefix_lengths_B.tolist()
         rows._seen[page_size, chunk_size] = [
-            _seen_by_sequence(rows, b, slice(*starts[b : b + 2]), prefix, page_size, chunk_size)
+            seen
             for b, prefix in enumerate(prefixes)
             if starts[b] < starts[b + 1]
+            for seen in _seen_by_sequence(
+                rows, b, slice(*starts[b : b + 2]), prefix, page_size, chunk_size
+            )
         ]
     return rows._seen[page_size, chunk_size]
 
 
 def _seen_by_sequence(
     rows: TreeRows, b: int, own: slice, prefix: int, page_size: int, chunk_size: int | None
-) -> SeenKeys:
+) -> list[SeenKeys]:
     """The root stands at position `prefix`, so no row looks further back than its chunk."""
     end = prefix + own.stop - own.start
     first = 0 if chunk_size is None else prefix // chunk_size * chunk_size
     logical_S = torch.arange(first, end, device=rows.positions_T.device)
-    bias_NS = None
-    if own.stop - own.start > 1:
+    if own.stop - own.start == 1:
+        bias_NS = torch.zeros(1, 1, device=rows.positions_T.device)
+    else:
         visible_NS = _visible(rows, own, prefix - first, logical_S, chunk_size)
         bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
         bias_NS.masked_fill_(~visible_NS, -torch.inf)
-    return SeenKeys(own, _flat_slots(rows.page_table_BM[b], logical_S, first, page_size), bias_NS)
+    slots = _flat_slots(rows.page_table_BM[b], logical_S, first, page_size)
+    return [
+        SeenKeys(slice(start, start + len(block_NS)), slots, block_NS)
+        for start, block_NS in zip(
+            range(own.start, own.stop, ROW_BLOCK), bias_NS.split(ROW_BLOCK), strict=True
+        )
+    ]
 
 
 def _flat_slots(table_M: Tensor, logical_S: Tensor, first: int, page_size: int) -> Tensor | slice:

@@ -11,8 +11,9 @@ Layers of full attention share one page table per sequence, chunked layers anoth
 used again once no row can see them (`kv_plan`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class PagedKVCache:
     def causal_step(self, *counts: int) -> Step:
         """A step of `counts[b]` consecutive rows of each sequence b: a prompt, a token, a chain."""
         lengths, counts = self._reserve(counts), tuple(counts)
-        positions = [torch.arange(n, n + new) for n, new in zip(lengths, counts, strict=True)]
+        positions = [range(n, n + new) for n, new in zip(lengths, counts, strict=True)]
         return self._step(counts, positions, positions, None)
 
     def tree_step(self, *trees: Tree) -> Step:
@@ -142,11 +143,12 @@ class PagedKVCache:
         if max(counts) > MAX_TREE_ROWS:
             raise ValueError(f"trees: at most {MAX_TREE_ROWS} rows per sequence, got {max(counts)}")
         lengths = self._reserve(counts)
-        slots = [torch.arange(n, n + new) for n, new in zip(lengths, counts, strict=True)]
-        depths = [torch.tensor(tree.depths()) for tree in trees]
-        positions = [n + depth for n, depth in zip(lengths, depths, strict=True)]
+        slots = [range(n, n + new) for n, new in zip(lengths, counts, strict=True)]
+        positions = [
+            [n + depth for depth in tree.depths()] for n, tree in zip(lengths, trees, strict=True)
+        ]
         words = [word for tree in trees for word in tree.ancestor_words()]
-        return self._step(counts, positions, slots, torch.tensor(words, dtype=torch.int64))
+        return self._step(counts, positions, slots, words)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the rows `path` (ascending, from the root) of the last step; forgets the others."""
@@ -156,11 +158,10 @@ class PagedKVCache:
                 f"path: must be ascending rows 0..{rows - 1} of the last step, got {list(path)}"
             )
         if list(path) != list(range(len(path))):
-            source_P = length + torch.tensor(list(path))
-            target_P = length + torch.arange(len(path))
+            sources, targets = [length + row for row in path], range(length, length + len(path))
             for pool in self.pools:
-                slots = pool.slots(sequence, source_P), pool.slots(sequence, target_P)
-                self._cache_commit(pool.k_LRCGK, pool.v_LRCGK, *slots)
+                slots = (pool.slots(sequence, logical) for logical in (sources, targets))
+                self._cache_commit(pool.k_LRCGK, pool.v_LRCGK, *map(self._integers, slots))
         self.lengths[sequence] = length + len(path)
         self._step_rows[sequence] = 0
 
@@ -200,30 +201,32 @@ class PagedKVCache:
     def _step(
         self,
         counts: tuple[int, ...],
-        positions: list[Tensor],
-        slots: list[Tensor],
-        ancestors_T: Tensor | None,
+        positions: Sequence[Iterable[int]],
+        slots: Sequence[Iterable[int]],
+        ancestor_words: list[int] | None,
     ) -> Step:
-        device = self._device
         self._step_rows = list(counts)
         starts = [sum(counts[:sequence]) for sequence in range(len(counts) + 1)]
         rows = TreeRows(
-            positions_T=torch.cat(positions).to(device),
-            row_starts_B1=torch.tensor(starts, dtype=torch.int32, device=device),
-            prefix_lengths_B=torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            positions_T=self._integers(chain.from_iterable(positions)),
+            row_starts_B1=self._integers(starts, torch.int32),
+            prefix_lengths_B=self._integers(self.lengths, torch.int32),
             page_table_BM=self.pools[0].page_table_BM,
-            ancestors_T=None if ancestors_T is None else ancestors_T.to(device),
+            ancestors_T=None if ancestor_words is None else self._integers(ancestor_words),
             max_rows=max(counts),
         )
-        placements = [Placement(rows, _flat_slots(self.pools[0], slots))]
+        placements = [Placement(rows, self._flat_slots(self.pools[0], slots))]
         for pool in self.pools[1:]:
             own_rows = replace(rows, page_table_BM=pool.page_table_BM)
-            placements.append(Placement(own_rows, _flat_slots(pool, slots)))
+            placements.append(Placement(own_rows, self._flat_slots(pool, slots)))
         return Step(tuple(placements), self)
 
+    def _flat_slots(self, pool: KVPool, logical: Sequence[Iterable[int]]) -> Tensor:
+        flat = [pool.slots(sequence, slots) for sequence, slots in enumerate(logical)]
+        return self._integers(chain.from_iterable(flat))
 
-def _flat_slots(pool: KVPool, logical: list[Tensor]) -> Tensor:
-    return torch.cat([pool.slots(sequence, slots) for sequence, slots in enumerate(logical)])
+    def _integers(self, values: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=self._device)
 
 
 def _layers(pools: Sequence[KVPool], kv_scales: Sequence[KVScales]) -> list[LayerKV]:

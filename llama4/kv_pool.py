@@ -1,7 +1,8 @@
 """The pages of layers that are stored alike, and the table that says where a slot lies in them."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
 
 from aerie.llama4.kv_plan import PoolPlan
 
@@ -30,17 +31,30 @@ class KVPool:
             raise ValueError(
                 f"max_length: a cache of {shape} x 2 does not fit ({error})"
             ) from error
-        page_M = torch.arange(plan.num_logical_pages, device=device) % plan.num_pages
-        first_B = plan.num_pages * torch.arange(num_sequences, device=device)
-        self.page_table_BM = (first_B[:, None] + page_M).to(torch.int32)
+        self.use_pages(
+            [
+                [
+                    sequence * plan.num_pages + m % plan.num_pages
+                    for m in range(plan.num_logical_pages)
+                ]
+                for sequence in range(num_sequences)
+            ]
+        )
         self.page_size = row_shape[0]
         self._oldest = [0] * num_sequences  # of a ring: slots below are overwritten
 
-    def slots(self, sequence: int, logical: Tensor) -> Tensor:
-        """Physical slots (page * C + offset) of a sequence's logical slots."""
-        logical = logical.to(self.page_table_BM.device)
-        pages = self.page_table_BM[sequence].index_select(0, logical // self.page_size)
-        return torch.add(logical % self.page_size, pages, alpha=self.page_size)
+    def use_pages(self, pages: list[list[int]]) -> None:
+        """Sets the table: on the device for attention, and on the host, which places the rows."""
+        self._pages = pages
+        self.page_table_BM = torch.tensor(pages, dtype=torch.int32, device=self.k_LRCGK.device)
+
+    def slots(self, sequence: int, logical: Iterable[int]) -> list[int]:
+        """Physical slots (page * C + offset) of a sequence's logical slots.
+
+        On the host: a handful of integers is quicker there than in any tensor.
+        """
+        pages, size = self._pages[sequence], self.page_size
+        return [pages[slot // size] * size + slot % size for slot in logical]
 
     def overwrite(self, sequence: int, end: int) -> None:
         """Of a ring: a step writes up to slot `end`, over what lies one turn before."""

@@ -313,6 +313,14 @@ def test_layers_of_a_step_share_what_they_see(device):
     assert torch.equal(tree_attention_ref(q, k_cache, v_cache, rows, None, SCALE), first)
 
 
+def test_reference_attends_a_prompt_in_blocks(device, monkeypatch):
+    monkeypatch.setattr("aerie.kernels.tree_rows.ROW_BLOCK", 3)
+    trees = [_chain(8), _chain(3), _chain(4)]
+    case = _case(trees, [5, 0, 2], device, chains=True)
+    eager, dense = tree_attention_ref(*case, 4, SCALE), _dense(*case, 4, trees)
+    assert (eager.double() - dense).abs().max() <= TOLERANCE[eager.dtype] * dense.abs().max()
+
+
 def test_no_rows(device):
     q, k_cache, v_cache, rows = _case([[-1]], [3], device)
     empty = replace(

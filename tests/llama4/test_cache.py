@@ -82,8 +82,7 @@ def make_cache(request):
         (pool,) = cache.pools
         if request.param == "shuffled":
             table = pool.page_table_BM
-            order = torch.randperm(table.numel(), dtype=torch.int32)
-            pool.page_table_BM = order.view(table.shape)
+            pool.use_pages(torch.randperm(table.numel()).view(table.shape).tolist())
         pool.k_LRCGK.fill_(torch.nan)
         pool.v_LRCGK.fill_(torch.nan)
         return ListCache(cache)

@@ -53,7 +53,7 @@ def poison_dead_slots(cache: PagedKVCache) -> None:
         for sequence, length in enumerate(cache.lengths):
             chunk = pool.plan.chunk_size
             first = 0 if chunk is None else length - length % chunk
-            live[pool.slots(sequence, torch.arange(first, length))] = True
+            live[pool.slots(sequence, range(first, length))] = True
         for part in (pool.k_LRCGK, pool.v_LRCGK):
             part.flatten(1, 2)[:, ~live] = torch.nan
 
@@ -174,7 +174,7 @@ class Slots:
 
     def is_intact(self, length: int) -> bool:
         """Whether the chunked layer still holds what a row at `length` would see."""
-        where = torch.arange(length - length % CHUNK, length)
+        where = range(length - length % CHUNK, length)
         slots = self.cache.pools[1].slots(0, where)
         held = self.cache.layers[1].k_RCGK.flatten(0, 1)[slots, 0, 0]
         return held.tolist() == [self.tokens[slot] for slot in where]
