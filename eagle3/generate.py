@@ -1,19 +1,22 @@
 """Speculative decoding, EAGLE-3 (arXiv 2503.01840): draft, verify, accept, commit.
 
-Greedy, one sequence. The plain loop is the same code with a drafter that proposes nothing, so what
-speculation is compared with differs from it in nothing else.
+One sequence, greedy or sampled. The plain loop is the same code with a drafter that proposes
+nothing, so what speculation is compared with differs from it in nothing else.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import ChainDrafter, Drafter, NoDrafter
+from aerie.eagle3.ends import Detokenize, Ends, FinishReason
+from aerie.eagle3.prefixes import History
+from aerie.eagle3.sampler import Sampler
+from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import check_num_speculative_tokens
 from aerie.eagle3.stats import Stats
 from aerie.eagle3.verify import Verified, Verifier
@@ -23,16 +26,18 @@ from aerie.llama4.model import Llama4ForCausalLM
 
 PREFILL_ROWS = 1024  # rows of one prefill pass; bounds its activations
 
-FinishReason = Literal["eos", "length", "context"]
-
 
 @dataclass(frozen=True)
 class Generation:
-    """`tokens` after the prompt, the end token included; why it stopped; what it took."""
+    """`tokens` after the prompt, the end token included; why it stopped; what it took.
+
+    A sampled run is repeated by its `seed`.
+    """
 
     tokens: list[int]
     finish_reason: FinishReason
     stats: Stats
+    seed: int | None = None
 
 
 class Decoding:
@@ -42,26 +47,41 @@ class Decoding:
         self,
         target: Llama4ForCausalLM,
         prompt_ids: Sequence[int],
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         draft: Eagle3Llama4ForCausalLM | None = None,
         num_speculative_tokens: int = 4,
         eos_token_ids: Sequence[int] | None = None,
         drafter: Drafter | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
+        *,
+        sampling: SamplingParams | None = None,
+        detokenize: Detokenize | None = None,
     ) -> None:
         """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain.
 
-        `kv_cache_dtype` is that of the target's cache and of the draft's.
+        `kv_cache_dtype` is that of the target's cache and of the draft's. `sampling` None is
+        greedy. The token limit is `max_new_tokens` or `sampling.max_tokens`.
         """
+        sampling = SamplingParams() if sampling is None else sampling
+        max_new_tokens = _token_limit(max_new_tokens, sampling)
         _check_prompt(prompt_ids, max_new_tokens, target)
+        sampling.check_vocabulary(target.config.vocab_size)
         check_num_speculative_tokens(num_speculative_tokens)
         self.context = target.config.max_position_embeddings
         self.device = target.lm_head.weight.device
         self.prompt_ids = list(prompt_ids)
-        self.max_new_tokens = max_new_tokens
         self.num_speculative_tokens = num_speculative_tokens
         eos = target.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-        self.eos_token_ids = frozenset(eos)
+        self.ends = Ends(
+            frozenset(eos),
+            frozenset(sampling.stop_token_ids),
+            sampling.stop_strings,
+            sampling.min_tokens,
+            max_new_tokens,
+            len(self.prompt_ids),
+            self.context,
+            detokenize,
+        )
         needed = len(self.prompt_ids) + max_new_tokens + num_speculative_tokens + 1
         capacity = min(self.context, needed)
         largest_step = max(PREFILL_ROWS, MAX_TREE_ROWS)
@@ -69,7 +89,11 @@ class Decoding:
             capacity, max_step_rows=largest_step, kv_cache_dtype=kv_cache_dtype
         )
         self.drafter = drafter or _drafter(draft, target, capacity, kv_cache_dtype)
-        self.verifier = Verifier(target, cache, target.backend, self.drafter.tap_layers)
+        history = History(self.prompt_ids, self.context, self.device)
+        vocab_size = target.config.vocab_size
+        self.sampler = Sampler(sampling, history, eos, vocab_size, target.backend, self.device)
+        taps = self.drafter.tap_layers
+        self.verifier = Verifier(target, cache, self.sampler, target.backend, taps)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
@@ -111,19 +135,12 @@ class Decoding:
                 self.drafter.observe(verified.aux_hidden_states, self._ids(verified.next_ids))
         return verified
 
-    def _keep(self, tokens: list[int]) -> list[int]:
-        """The part of an accepted run that is output: up to an end token or a limit inside it."""
-        ends = [i for i, token in enumerate(tokens) if token in self.eos_token_ids]
-        room = self.max_new_tokens - len(self.tokens)
-        burst = tokens[: min(ends[0] + 1, room) if ends else room]
+    def _keep(self, run: list[int]) -> list[int]:
+        """The part of an accepted run that is output."""
+        burst, self.finish_reason = self.ends.cut(self.tokens, run)
         self.tokens += burst
+        self.sampler.observe(burst)
         self.stats.num_tokens = len(self.tokens)
-        if ends and len(burst) > ends[0]:
-            self.finish_reason = "eos"
-        elif len(self.tokens) == self.max_new_tokens:
-            self.finish_reason = "length"
-        elif len(self.prompt_ids) + len(self.tokens) == self.context:
-            self.finish_reason = "context"
         return burst
 
     def _room(self) -> int:
@@ -138,17 +155,20 @@ class Decoding:
 def generate(
     target: Llama4ForCausalLM,
     prompt_ids: Sequence[int],
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     draft: Eagle3Llama4ForCausalLM | None = None,
     num_speculative_tokens: int = 4,
     eos_token_ids: Sequence[int] | None = None,
     kv_cache_dtype: KVCacheDtype = "auto",
+    *,
+    sampling: SamplingParams | None = None,
+    detokenize: Detokenize | None = None,
 ) -> Generation:
-    """Greedy decoding of one prompt; with a `draft`, the same tokens in fewer target passes.
+    """Decodes one prompt; with a `draft`, the same tokens in fewer target passes.
 
     `kv_cache_dtype` "fp8" keeps keys and values as e4m3 codes: half of bfloat16's memory and reads.
     Raises ValueError for an empty or too long prompt, ids outside the vocabulary, counts < 1, or
-    another cache dtype.
+    another cache dtype, and FloatingPointError where the target's logits are no distribution.
     """
     decoding = Decoding(
         target,
@@ -158,10 +178,19 @@ def generate(
         num_speculative_tokens,
         eos_token_ids,
         kv_cache_dtype=kv_cache_dtype,
+        sampling=sampling,
+        detokenize=detokenize,
     )
     tokens = [token for burst in decoding for token in burst]
     assert decoding.finish_reason is not None
-    return Generation(tokens, decoding.finish_reason, decoding.stats)
+    return Generation(tokens, decoding.finish_reason, decoding.stats, decoding.sampler.seed)
+
+
+def _token_limit(max_new_tokens: int | None, sampling: SamplingParams) -> int:
+    limits = [limit for limit in (max_new_tokens, sampling.max_tokens) if limit is not None]
+    if not limits:
+        raise ValueError("max_new_tokens: give it, or max_tokens in the sampling parameters")
+    return min(limits)
 
 
 def _drafter(

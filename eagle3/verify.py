@@ -1,7 +1,7 @@
-"""Verification: one target pass over the root and the drafted nodes, then the greedy walk.
+"""Verification: one target pass over the root and the drafted nodes, then the walk.
 
-Every emitted token is the target's own argmax given exactly the tokens before it; the draft only
-decides how many of them one pass yields.
+Every emitted token is the target's own choice given exactly the tokens before it (`sampler`); the
+draft only decides how many of them one pass yields.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.interface import SupportsEagle3
+from aerie.eagle3.sampler import Sampler
 from aerie.eagle3.tree import DraftTree
 from aerie.kernels.accept import accept, accept_ref
-from aerie.kernels.argmax import argmax, argmax_ref
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.llama4.cache import PagedKVCache
 
 
 @dataclass(frozen=True)
 class Verified:
-    """`path`: committed rows; `tokens`: the new ones, the target's own (bonus) token last.
+    """`path`: committed rows; `tokens`: the new ones, the target's own (bonus) token last; none
+    behind a part of a prompt.
 
     `next_ids` holds, for every committed row, the token of the position after it, and
     `aux_hidden_states` the row's taps: what the draft is rebuilt from.
@@ -39,6 +40,7 @@ class Verifier:
         self,
         target: SupportsEagle3,
         cache: PagedKVCache,
+        sampler: Sampler,
         backend: ResolvedBackend,
         tap_layers: tuple[int, ...] = (),
     ) -> None:
@@ -46,20 +48,24 @@ class Verifier:
         self.target = target
         self.cache = cache
         self.tap_layers = tap_layers
-        self._argmax = pick(backend, argmax, argmax_ref)
+        self.sampler = sampler
         self._accept = pick(backend, accept, accept_ref)
 
     def prefill(self, ids: Sequence[int], following: Sequence[int] = ()) -> Verified:
         """Commits known tokens; `following` starts with the next known one, if there is one."""
         step = self.cache.causal_step(len(ids))
-        last_row = torch.tensor([len(ids) - 1], device=step.slots_T.device)
+        device = step.slots_T.device
+        ids_T = torch.tensor(ids, device=device)
+        last_row = torch.tensor([len(ids) - 1], device=device)
         self.target.set_aux_hidden_state_layers(self.tap_layers)
-        output = self.target(torch.tensor(ids, device=step.slots_T.device), step, last_row)
+        output = self.target(ids_T, step, last_row)
         path = list(range(len(ids)))
         self.cache.commit(0, path)
-        tokens = self._finite(self._argmax(output.logits_TV).tolist())
-        next_ids = [*ids[1:], *(following[:1] or tokens)]
-        return Verified(path, tokens, next_ids, output.aux_hidden_states)
+        if following:
+            return Verified(path, [], [*ids[1:], following[0]], output.aux_hidden_states)
+        root = ids_T[-1:], torch.full_like(last_row, -1), step.rows.positions_T[-1:]
+        tokens = self._legal(self.sampler.choose(output.logits_TV, *root).tolist())
+        return Verified(path, tokens, [*ids[1:], *tokens], output.aux_hidden_states)
 
     def verify(self, root_T: Tensor, draft: DraftTree) -> Verified:
         """Commits the root and the accepted nodes behind it."""
@@ -67,27 +73,28 @@ class Verifier:
         step = self.cache.tree_step(draft.shape)
         self.target.set_aux_hidden_state_layers(self.tap_layers)
         output = self.target(tokens_T, step)
+        parents_T = torch.tensor(draft.shape.parents, device=tokens_T.device)
         acceptance = self._accept(
             tokens_T,
-            torch.tensor(draft.shape.parents, device=tokens_T.device),
-            self._argmax(output.logits_TV),
+            parents_T,
+            self.sampler.choose(output.logits_TV, tokens_T, parents_T, step.rows.positions_T),
             step.rows.row_starts_B1,
             1 + max(draft.shape.depths()),
         )
         # one read of the device per round
-        read = torch.cat((acceptance.bonus_B, acceptance.path_BP.flatten(), tokens_T)).tolist()
-        path = [row for row in read[1 : -len(tokens_T)] if row >= 0]
+        path, ids = torch.cat((acceptance.path_BP, acceptance.ids_BP)).tolist()
+        length = path.index(-1) if path[-1] < 0 else len(path)
+        path = path[:length]
         self.cache.commit(0, path)
-        drafted = read[-len(tokens_T) :]
-        tokens = [drafted[row] for row in path[1:]] + read[:1]
-        aux = self._rows(output.aux_hidden_states, path)
-        return Verified(path, self._finite(tokens), tokens, aux)
+        tokens = self._legal(ids[:length])
+        return Verified(path, tokens, tokens, self._rows(output.aux_hidden_states, path))
 
-    def _finite(self, tokens: list[int]) -> list[int]:
-        """argmax marks a row that holds NaN by a negative id."""
+    def _legal(self, tokens: list[int]) -> list[int]:
+        """A negative id marks a row whose logits are no distribution."""
         if tokens[-1] < 0:
             raise FloatingPointError(
-                f"the target's logits at position {self.cache.lengths[0] - 1} contain NaN"
+                f"no token can be chosen for position {self.cache.lengths[0]}: the target's logits "
+                f"there contain NaN or +inf, or all are -inf"
             )
         return tokens
 

@@ -1,15 +1,16 @@
-"""Greedy acceptance: walk down each drafted tree along the target's own choices.
+"""Acceptance: walk down each drafted tree along the target's own choices, greedy or drawn.
 
     from the root, at every row n:  c = the child of n whose token is target_ids[n]
                                     if there is one, accept it and go on from c; else stop
     bonus = target_ids of the row where the walk stops                     (contract 7.1)
 
 Row 0 of a sequence is its root, the last committed token that was not verified yet; the others are
-drafted nodes, parents before children. Every emitted token is the target's argmax given its prefix,
-so the text equals plain greedy decoding. Among children with one token the lowest row wins. A
-negative target id (a row with a NaN, see `argmax`) matches nothing, ends the walk and comes back as
-the bonus. A walk also ends when the path is full. A sequence without rows gets an empty path, no
-accepted nodes and the bonus -1.
+drafted nodes, parents before children. The target ids are the target's own choices given each row's
+prefix: its argmax, or its draw with the noise of that position (`draw`). So the text is what plain
+decoding gives, and the tree only decides how much of it one pass yields. Among children with one
+token the lowest row wins. A negative target id (a row that is no distribution, see `argmax` and
+`draw`) matches nothing, ends the walk and comes back as the bonus. A walk also ends when the path
+is full. A sequence without rows gets an empty path, no accepted nodes and the bonus -1.
 
 Letters: B sequences, T rows, P path length.
 """
@@ -31,6 +32,7 @@ class Acceptance:
     """What the target accepted of every sequence's tree."""
 
     path_BP: Tensor  # int64, rows within the sequence: root, accepted nodes, then -1
+    ids_BP: Tensor  # int64, target id of each of these rows: accepted tokens, bonus, then -1
     num_accepted_B: Tensor  # int64, drafted nodes accepted (the root is not counted)
     bonus_B: Tensor  # int64, the target's token after the last accepted row
 
@@ -46,16 +48,27 @@ def accept_ref(
         for start, stop in zip(starts, starts[1:], strict=False)
     ]
     columns = [
-        [*path, *[-1] * (max_path - len(path)), max(len(path) - 1, 0), b] for path, b in walks
+        [
+            *_padded(path, max_path),
+            *_padded(ids, max_path),
+            max(len(path) - 1, 0),
+            (ids or [-1])[-1],
+        ]
+        for path, ids in walks
     ]
     result = torch.tensor(columns, dtype=torch.int64, device=tokens_T.device)
-    result = result.view(len(walks), max_path + 2)
-    return Acceptance(result[:, :max_path], result[:, max_path], result[:, max_path + 1])
+    result = result.view(len(walks), 2 * max_path + 2)
+    path_BP, ids_BP, last_B2 = result.split((max_path, max_path, 2), dim=1)
+    return Acceptance(path_BP, ids_BP, last_B2[:, 0], last_B2[:, 1])
+
+
+def _padded(numbers: list[int], length: int) -> list[int]:
+    return numbers + [-1] * (length - len(numbers))
 
 
 def _walk(tokens: list[int], parents: list[int], target_ids: list[int], max_path: int):
     if not tokens:
-        return [], -1
+        return [], []
     path = [0]
     for row in range(1, len(tokens)):  # one pass is enough: parents precede children
         target = target_ids[path[-1]]
@@ -65,7 +78,7 @@ def _walk(tokens: list[int], parents: list[int], target_ids: list[int], max_path
             and (parents[row], tokens[row]) == (path[-1], target)
         ):
             path.append(row)
-    return path, target_ids[path[-1]]
+    return path, [target_ids[row] for row in path]
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -75,6 +88,7 @@ def _accept_kernel(
     target_ids_ptr,  # [T]
     row_starts_ptr,  # [B + 1]
     path_ptr,  # [B, P], filled with -1
+    ids_ptr,  # [B, P], filled with -1
     num_accepted_ptr,  # [B]
     bonus_ptr,  # [B]
     P,
@@ -92,6 +106,7 @@ def _accept_kernel(
     row = tl.zeros([], tl.int64)
     num_accepted = tl.zeros([], tl.int64)
     target = tl.load(target_ids_ptr + start, mask=has_root, other=-1)
+    tl.store(ids_ptr + b * P, target, mask=has_root)
     for p in range(1, P):
         is_match = in_tree & (n > 0) & (parents == row) & (tokens == target) & (target >= 0)
         child = tl.min(tl.where(is_match, n, BLOCK_N), axis=0)
@@ -101,6 +116,7 @@ def _accept_kernel(
         num_accepted += found.to(tl.int64)
         target = tl.load(target_ids_ptr + start + row, mask=has_root, other=-1)
         tl.store(path_ptr + b * P + p, row, mask=found)
+        tl.store(ids_ptr + b * P + p, target, mask=found)
     tl.store(num_accepted_ptr + b, num_accepted)
     tl.store(bonus_ptr + b, target)
 
@@ -121,10 +137,10 @@ def _launch_config() -> LaunchConfig:
 @torch.library.custom_op("aerie::accept", mutates_args=())
 def _accept_op(
     tokens: Tensor, parents: Tensor, target_ids: Tensor, row_starts: Tensor, max_path: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_launchable(tokens)
     sequences = row_starts.numel() - 1
-    path = tokens.new_full((sequences, max_path), -1)
+    path, ids = (tokens.new_full((sequences, max_path), -1) for _ in range(2))
     num_accepted, bonus = tokens.new_empty(sequences), tokens.new_empty(sequences)
     config = _launch_config()
     if sequences > 0:
@@ -134,29 +150,30 @@ def _accept_op(
             target_ids,
             row_starts,
             path,
+            ids,
             num_accepted,
             bonus,
             max_path,
             BLOCK_N=config.BLOCK_N,
             num_warps=config.num_warps,
         )
-    return path, num_accepted, bonus
+    return path, ids, num_accepted, bonus
 
 
 @_accept_op.register_fake
 def _(
     tokens: Tensor, parents: Tensor, target_ids: Tensor, row_starts: Tensor, max_path: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences = row_starts.numel() - 1
-    shapes = ((sequences, max_path), (sequences,), (sequences,))
-    path, num_accepted, bonus = (tokens.new_empty(shape) for shape in shapes)
-    return path, num_accepted, bonus
+    shapes = (*[(sequences, max_path)] * 2, (sequences,), (sequences,))
+    path, ids, num_accepted, bonus = (tokens.new_empty(shape) for shape in shapes)
+    return path, ids, num_accepted, bonus
 
 
 def accept(
     tokens_T: Tensor, parents_T: Tensor, target_ids_T: Tensor, row_starts_B1: Tensor, max_path: int
 ) -> Acceptance:
-    """Greedy walk of every sequence's tree; `parents_T` counts rows within the sequence (root: -1).
+    """Walk of every sequence's tree; `parents_T` counts rows within the sequence (root: -1).
 
     `max_path` should be at least the tree's depth + 1. A sequence has at most `MAX_ROWS` rows.
     Raises ValueError on a shape or dtype the kernel would read wrongly.

@@ -1,10 +1,10 @@
 """Greedy choice: the id of the largest logit in every row.
 
-    id = min { v : logits[v] = max(logits) },   -1 if the row holds a NaN
+    id = min { v : logits[v] = max(logits) },   -1 if the row holds NaN or +inf, or only -inf
 
-Ties go to the lowest id, so the choice does not depend on how the row is cut into tiles. A NaN
-turns into -1 rather than into some token: the caller reads the ids anyway and can raise at no extra
-sync.
+Ties go to the lowest id, so the choice does not depend on how the row is cut into tiles. A row that
+is no distribution turns into -1 rather than into some token: the caller reads the ids anyway and
+can raise at no extra sync. Single ids may be masked by -inf.
 
 Letters: T rows, V target vocabulary.
 """
@@ -22,7 +22,7 @@ from aerie.kernels.backend import check_dtype, check_launchable
 def argmax_ref(logits_TV: Tensor) -> Tensor:
     """The rule above in PyTorch, whose `max` promises the first of equal maxima and keeps NaN."""
     maximum_T, ids_T = logits_TV.max(dim=-1)
-    return ids_T.masked_fill_(maximum_T.isnan(), -1)
+    return torch.where(maximum_T.abs() < torch.inf, ids_T, -1)
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _argmax_kernel(
     t = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK_V)
     best = tl.full([BLOCK_V], -float("inf"), tl.float32)
-    best_id = v  # per lane; a row of nothing but -inf keeps lane 0, which is the lowest id
+    best_id = v  # per lane
     num_nan = tl.zeros([BLOCK_V], tl.int32)
     for start in range(0, V, BLOCK_V):
         in_row = start + v < V
@@ -48,8 +48,8 @@ def _argmax_kernel(
         best_id = tl.where(higher, start + v, best_id)
     maximum = tl.max(best, axis=0)
     lowest = tl.min(tl.where(best == maximum, best_id, V), axis=0)
-    has_nan = tl.sum(num_nan, axis=0) > 0
-    tl.store(ids_ptr + t, tl.where(has_nan, -1, lowest).to(tl.int64))
+    is_legal = (tl.sum(num_nan, axis=0) == 0) & (tl.abs(maximum) < float("inf"))
+    tl.store(ids_ptr + t, tl.where(is_legal, lowest, -1).to(tl.int64))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _(logits: Tensor) -> Tensor:
 
 
 def argmax(logits_TV: Tensor) -> Tensor:
-    """Lowest id of the largest logit of every row, [T] int64; -1 for a row with a NaN.
+    """Lowest id of the largest logit of every row, [T] int64; -1 for a row that is no distribution.
 
     Raises ValueError on a shape or layout the kernel would read wrongly.
     """

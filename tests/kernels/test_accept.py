@@ -37,7 +37,7 @@ def _accept_both(trees, max_path, device, runs=1):
     starts = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0).int()
     actual = run_guarded(accept, *flat, starts, max_path, runs=runs)
     expected = accept_ref(*flat, starts, max_path)
-    for name in ("path_BP", "num_accepted_B", "bonus_B"):
+    for name in ("path_BP", "ids_BP", "num_accepted_B", "bonus_B"):
         assert same_bits(getattr(actual, name), getattr(expected, name)), name
         assert getattr(actual, name).dtype == torch.int64
     return actual
@@ -59,6 +59,8 @@ def test_random_trees(seed, device):
         assert acceptance.path_BP[b].tolist() == path + [-1] * (MAX_ROWS - len(path))
         assert acceptance.num_accepted_B[b] == len(path) - 1
         assert acceptance.bonus_B[b] == bonus
+        ids = [tree[0][row] for row in path[1:]] + [bonus]
+        assert acceptance.ids_BP[b].tolist() == ids + [-1] * (MAX_ROWS - len(ids))
 
 
 @few_examples

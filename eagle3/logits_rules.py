@@ -1,0 +1,118 @@
+"""Rules that change the logits of every verified row by the row's own prefix.
+
+A rule sees all rows of a pass at once, [T, V] float32, and changes a row by nothing but that row
+and its prefix: so a token is judged alike whether its position is verified in a tree or decoded
+alone. All but custom processors stay on the device.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from aerie.eagle3.prefixes import Prefixes
+from aerie.eagle3.sampling import LogitsProcessor, SamplingParams
+
+Rule = Callable[[Tensor, Prefixes], Tensor]
+
+
+def rules_of(
+    params: SamplingParams, end_ids: Iterable[int], vocab_size: int, device: torch.device
+) -> list[Rule]:
+    """The rules that `params` switches on, in the order of `sampling`."""
+    rules: list[Rule] = []
+    if params.logit_bias:
+        bias_V = torch.zeros(vocab_size, device=device)
+        bias_V[list(params.logit_bias)] = torch.tensor(
+            list(params.logit_bias.values()), dtype=torch.float32, device=device
+        )
+        rules.append(lambda logits_TV, _: logits_TV + bias_V)
+    rules += [_bad_word(word, device) for word in params.bad_words_ids]
+    ends = sorted({*end_ids, *params.stop_token_ids})
+    if params.min_tokens > 0 and ends:
+        rules.append(_min_tokens(params.min_tokens, torch.tensor(ends, device=device)))
+    if params.repetition_penalty != 1.0:
+        rules.append(_repetition_penalty(params.repetition_penalty))
+    if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+        rules.append(_output_penalties(params.presence_penalty, params.frequency_penalty))
+    rules += [_custom(processor) for processor in params.logits_processors]
+    return rules
+
+
+def _bad_word(word: Sequence[int], device: torch.device) -> Rule:
+    begin, last = torch.tensor(list(word[:-1]), dtype=torch.int64, device=device), word[-1]
+
+    def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
+        banned_TV = torch.zeros_like(logits_TV)
+        if len(begin) == 0:
+            banned_TV[:, last] = -torch.inf
+        else:
+            is_begun_T = (prefixes.last_tokens(len(begin)) == begin).all(dim=1)
+            banned_TV[:, last] = torch.where(is_begun_T, -torch.inf, 0.0)
+        return logits_TV + banned_TV
+
+    return rule
+
+
+def _min_tokens(count: int, ends: Tensor) -> Rule:
+    def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
+        is_early_T = prefixes.num_output_T < count
+        banned_T1 = torch.where(is_early_T, -torch.inf, 0.0)[:, None]
+        return logits_TV.index_add(1, ends, banned_T1.expand(-1, len(ends)).to(logits_TV.dtype))
+
+    return rule
+
+
+def _repetition_penalty(penalty: float) -> Rule:
+    def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
+        is_seen_TV = _counts(prefixes, prefixes.known_S, logits_TV) > 0
+        scaled_TV = torch.where(logits_TV > 0, logits_TV / penalty, logits_TV * penalty)
+        return torch.where(is_seen_TV, scaled_TV, logits_TV)
+
+    return rule
+
+
+def _output_penalties(presence: float, frequency: float) -> Rule:
+    def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
+        counts_TV = _counts(prefixes, prefixes.known_S[prefixes.num_prompt :], logits_TV)
+        return logits_TV - frequency * counts_TV - presence * (counts_TV > 0)
+
+    return rule
+
+
+def _counts(prefixes: Prefixes, known_S: Tensor, like_TV: Tensor) -> Tensor:
+    """How often each token stands in `known_S` and on the path of each row."""
+    known_V = torch.zeros_like(like_TV[0])
+    known_V.scatter_add_(0, known_S, torch.ones_like(known_S, dtype=like_TV.dtype))
+    rows = len(prefixes.tokens_T)
+    tokens_TT = prefixes.tokens_T.expand(rows, rows)
+    drafted_TT = prefixes.drafted_TT().to(like_TV.dtype)
+    return known_V.expand(rows, -1).clone().scatter_add_(1, tokens_TT, drafted_TT)
+
+
+def _custom(processor: LogitsProcessor) -> Rule:
+    """Rows of one depth have prefixes of one length: they are one call."""
+
+    def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
+        result_TV = logits_TV.clone()
+        depths = prefixes.depths_T.tolist()
+        for depth in sorted(set(depths)):
+            rows = [row for row, other in enumerate(depths) if other == depth]
+            ids = prefixes.known_S.expand(len(rows), -1)
+            if depth > 0:
+                ids = torch.cat((ids, prefixes.last_tokens(depth)[rows]), dim=1)
+            result_TV[rows] = _processed(processor, ids, logits_TV[rows])
+        return result_TV
+
+    return rule
+
+
+def _processed(processor: LogitsProcessor, ids: Tensor, scores_TV: Tensor) -> Tensor:
+    result = processor(ids, scores_TV)
+    if not isinstance(result, Tensor) or result.shape != scores_TV.shape:
+        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"logits_processors: {processor!r} must return scores {tuple(scores_TV.shape)}, "
+            f"got {shape}"
+        )
+    return result
