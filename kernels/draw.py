@@ -63,7 +63,7 @@ def _draw_kernel(
     threshold, last_id = tl.load(threshold_ptr + t), tl.load(last_id_ptr + t)
     words = block_words(tl.load(seeds_ptr + t), tl.load(positions_ptr + t), block)
     best = tl.full([QUARTER], NO_KEY, tl.int64)
-    for quarter in tl.static_range(4):
+    for quarter in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         v = block * BLOCK + quarter * QUARTER + tl.arange(0, QUARTER)
         logits = tl.load(logits_ptr + t * stride_lt + v, mask=v < V, other=0.0).to(tl.float32)
         is_kept = (logits > threshold) | ((logits == threshold) & (v <= last_id))

@@ -39,7 +39,7 @@ KNOWN = [
 @triton.jit
 def _noise_kernel(seed, position, block, noise_ptr):
     words = block_words(seed.to(tl.int64), position.to(tl.int64), block)
-    for quarter in tl.static_range(4):
+    for quarter in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         lanes = quarter * QUARTER + tl.arange(0, QUARTER)
         tl.store(noise_ptr + lanes, words_to_gumbel(words[quarter]))
 
