@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from aerie.cli import app
 from aerie.embedded import DRAFT, TARGET
+from aerie.text import TextStream
 
 STATS = {
     "num_tokens",
@@ -80,6 +81,45 @@ def test_draft_from_the_speculative_config():
     assert json.loads(result.stdout)["stats"]["num_drafts"] > 0
 
 
+def test_sampled_ids_agree_and_repeat():
+    flags = ("--temperature", "0.9", "--top-p", "0.95", "--top-k", "40", "--min-p", "0.01")
+    penalties = ("--repetition-penalty", "1.1", "--presence-penalty", "0.2", "--bad-word", "the")
+    sampled = ("--prompt", "A class", *flags, *penalties, "--json")
+    first = json.loads(generate(*sampled, "--check").stdout)
+    assert first["identical"] is True
+    again = json.loads(generate(*sampled, "--seed", str(first["seed"]), "--no-draft").stdout)
+    assert again["token_ids"] == first["token_ids"]
+    assert "seed" not in json.loads(generate("--prompt", "A class", "--json").stdout)
+    forced = generate("--prompt", "A", "--logit-bias", '{"17": 100}', "--min-tokens", "5", "--json")
+    assert set(json.loads(forced.stdout)["token_ids"]) == {17}
+
+
+def test_stop_string_ends_text_and_stream():
+    whole = json.loads(generate("--prompt", "A class", "--json").stdout)["text"]
+    stop = whole[7:12]
+    as_json = generate(
+        "--prompt", "A class", "--stop", "never", "--stop", stop, "--check", "--json"
+    )
+    printed = json.loads(as_json.stdout)
+    assert printed["finish_reason"] == "stop"
+    assert printed["text"] == whole[: whole.find(stop)]
+    shown = generate("--prompt", "A class", "--stop", stop)
+    assert shown.stdout.startswith(printed["text"] + "\n")
+
+
+def test_stream_holds_back_what_may_become_a_stop_string():
+    class Letters:
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    stream = TextStream(Letters(), ["abc", "zz"])  # as a tokenizer of one letter per token
+    shown = [stream.add([ord(letter)]) for letter in "xabyzab"]
+    assert shown == ["x", "", "", "aby", "", "z", ""]
+    assert stream.flush() == "ab"
+    assert stream.add([ord("c")]) == ""
+    assert stream.text == "xabyz"
+
+
 def test_prompt_file(tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("The with statement")
@@ -146,6 +186,12 @@ BAD = {
         ("--prompt", "a", "--speculative-config", '{"tap_convention": "inputs"}'),
         "tap_convention: must be one of output_of, input_to, got 'inputs'",
     ),
+    "temperature": (("--prompt", "a", "--temperature", "-1"), "temperature: must be in [0, inf]"),
+    "top-p": (("--prompt", "a", "--top-p", "0"), "top_p: must be in (0, 1]"),
+    "empty stop": (("--prompt", "a", "--stop", ""), "stop: must be non-empty strings"),
+    "stop token": (("--prompt", "a", "--stop-token-id", "1024"), "ids must lie in 0..1023"),
+    "empty bad word": (("--prompt", "a", "--bad-word", ""), "--bad-word: must be a text"),
+    "bias": (("--prompt", "a", "--logit-bias", "[1]"), "--logit-bias: must be JSON"),
     "not json": (("--prompt", "a", "--speculative-config", "{"), "not valid JSON"),
     "contradiction": (("--prompt", "a", "--no-draft", "--draft", "x"), "contradicts"),
     "no such device": (("--prompt", "a", "--device", "tpu9"), "--device"),

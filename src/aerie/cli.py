@@ -6,6 +6,7 @@ nothing else there. Exit codes: 0 fine, 1 `--check` found different ids, 2 bad i
 
 import io
 import json
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from aerie import report
 from aerie.doctor import diagnose
+from aerie.eagle3.sampling import SamplingParams
 from aerie.run import Request, load, run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -68,6 +70,27 @@ def generate(
         str | None,
         typer.Option(help='JSON, e.g. {"method": "eagle3", "num_speculative_tokens": 4}'),
     ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0: off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest of this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep what is this likely next to the best.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Repeats a sampled run. Default: any.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Of prompt and output; 1: off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Of output; 0: off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Of output, per use; 0: off.")] = 0.0,
+    min_tokens: Annotated[int, typer.Option(help="No end before this many tokens.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End at this token; may be repeated.")
+    ] = None,
+    bad_word: Annotated[
+        list[str] | None, typer.Option(help="Never write this text's tokens; may be repeated.")
+    ] = None,
+    logit_bias: Annotated[
+        str | None, typer.Option(help='Added to logits: JSON, e.g. {"17": -5}')
+    ] = None,
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False,
     backend: Annotated[BackendName, typer.Option()] = BackendName.auto,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if any.")] = "auto",
@@ -84,11 +107,27 @@ def generate(
 ) -> None:
     """Decode a prompt speculatively, and show what the draft was worth."""
     with _exit_code_2_on_bad_input():
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=secrets.randbelow(2**63) if seed is None else seed,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_logit_bias(logit_bias),
+            min_tokens=min_tokens,
+            stop=stop or (),
+            stop_token_ids=stop_token_id or (),
+        )
         request = Request.build(
             model=model,
             draft=draft,
             prompt=_prompt(prompt, prompt_file),
             max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            bad_words=tuple(bad_word or ()),
             speculative_config=speculative_config,
             no_draft=no_draft,
             backend=backend.value,
@@ -141,6 +180,13 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt-file: cannot read {file} ({error})") from error
+
+
+def _logit_bias(text: str | None) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in json.loads(text or "{}").items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f'--logit-bias: must be JSON like {{"17": -5}}, got {text!r}') from error
 
 
 def _print_now(text: str) -> None:

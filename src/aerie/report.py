@@ -14,6 +14,8 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     if outcome.identical is not None:
         result["identical"] = outcome.identical
     result["finish_reason"] = outcome.finish_reason
+    if outcome.seed is not None:
+        result["seed"] = outcome.seed
     result["stats"] = stats_as_dict(outcome.stats)
     if outcome.plain_stats is not None:
         result["plain_stats"] = stats_as_dict(outcome.plain_stats)
@@ -54,6 +56,8 @@ def as_table(outcome: Outcome) -> Table:
             f"{stats.verify_ms:.0f} / {stats.other_ms:.0f}"
         ),
     }
+    if outcome.seed is not None:
+        rows["seed"] = str(outcome.seed)
     if outcome.plain_stats is not None:
         rows["without draft"] = (
             f"{outcome.plain_stats.num_target_passes} target passes, "

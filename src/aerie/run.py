@@ -1,7 +1,7 @@
 """One run of `aerie generate`: what was asked for, the loaded pair, and what came out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,8 +9,10 @@ from tokenizers import Tokenizer
 
 from aerie import embedded
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.generate import Decoding, FinishReason, Generation, generate
+from aerie.eagle3.ends import FinishReason
+from aerie.eagle3.generate import Decoding, Generation, generate
 from aerie.eagle3.registry import load_draft
+from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
 from aerie.kernels.backend import Backend
@@ -28,6 +30,8 @@ class Request:
     draft: str | Path | None
     prompt: str
     max_new_tokens: int
+    sampling: SamplingParams
+    bad_words: tuple[str, ...]
     speculation: SpeculativeConfig
     backend: Backend
     device: torch.device
@@ -43,6 +47,8 @@ class Request:
         draft: str | None,
         prompt: str,
         max_new_tokens: int,
+        sampling: SamplingParams,
+        bad_words: tuple[str, ...],
         speculative_config: str | None,
         no_draft: bool,
         backend: Backend,
@@ -52,6 +58,8 @@ class Request:
         check: bool,
     ) -> "Request":
         """Resolves defaults. Raises ValueError naming what is wrong."""
+        if not all(bad_words):
+            raise ValueError("--bad-word: must be a text of at least one character")
         if no_draft and (draft is not None or speculative_config is not None):
             raise ValueError("--no-draft contradicts --draft and --speculative-config")
         text = "{}" if speculative_config is None else speculative_config
@@ -68,6 +76,8 @@ class Request:
             draft=None if no_draft else chosen_draft,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            bad_words=bad_words,
             speculation=speculation,
             backend=backend,
             device=resolved_device,
@@ -96,6 +106,7 @@ class Outcome:
     stats: Stats
     plain_tokens: list[int] | None
     plain_stats: Stats | None
+    seed: int | None = None  # of a sampled run
 
     @property
     def identical(self) -> bool | None:
@@ -120,6 +131,7 @@ def load(request: Request) -> Loaded:
 def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
     """Decodes; `on_text` receives the text as its tokens are accepted."""
     prompt_ids = loaded.tokenizer.encode(request.prompt).ids
+    sampling = _with_bad_words(request, loaded.tokenizer)
     decoding = Decoding(
         loaded.target,
         prompt_ids,
@@ -127,8 +139,10 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         loaded.draft,
         request.speculation.num_speculative_tokens,
         kv_cache_dtype=request.kv_cache_dtype,
+        sampling=sampling,
+        detokenize=loaded.tokenizer.decode,
     )
-    stream = TextStream(loaded.tokenizer)
+    stream = TextStream(loaded.tokenizer, sampling.stop_strings)
     for burst in decoding:
         text = stream.add(burst)
         if on_text is not None and text:
@@ -136,7 +150,7 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
     if on_text is not None:
         on_text(stream.flush())
     assert decoding.finish_reason is not None
-    plain = _plain(request, loaded, prompt_ids) if request.check else None
+    plain = _plain(request, loaded, prompt_ids, sampling) if request.check else None
     return Outcome(
         text=stream.text,
         tokens=decoding.tokens,
@@ -144,13 +158,28 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         stats=decoding.stats,
         plain_tokens=plain and plain.tokens,
         plain_stats=plain and plain.stats,
+        seed=decoding.sampler.seed if not sampling.is_greedy else None,
     )
 
 
-def _plain(request: Request, loaded: Loaded, prompt_ids: list[int]) -> Generation:
+def _plain(
+    request: Request, loaded: Loaded, prompt_ids: list[int], sampling: SamplingParams
+) -> Generation:
     return generate(
-        loaded.target, prompt_ids, request.max_new_tokens, kv_cache_dtype=request.kv_cache_dtype
+        loaded.target,
+        prompt_ids,
+        request.max_new_tokens,
+        kv_cache_dtype=request.kv_cache_dtype,
+        sampling=sampling,
+        detokenize=loaded.tokenizer.decode,
     )
+
+
+def _with_bad_words(request: Request, tokenizer: Tokenizer) -> SamplingParams:
+    """A word is other tokens at the start of a text than behind a space: both are forbidden."""
+    words = [text for word in request.bad_words for text in (word, f" {word}")]
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in words]
+    return replace(request.sampling, bad_words_ids=ids)
 
 
 def _device(name: str) -> torch.device:

@@ -22,10 +22,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 class TextStream:
-    """Turns bursts of tokens into the text they add, holding back incomplete characters."""
+    """Turns bursts of tokens into the text they add, up to the first of the `stop` strings.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Incomplete characters, and what may turn out to be the beginning of a stop string, wait.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
+        self.stop = tuple(stop)
         self.tokens: list[int] = []
         self._printed = 0
 
@@ -35,13 +39,22 @@ class TextStream:
         text = self.text
         if text.endswith(INCOMPLETE):
             return ""
-        new, self._printed = text[self._printed :], len(text)
-        return new
+        return self._new(text[: len(text) - self._held_back(text)])
 
     def flush(self) -> str:
         """What was held back, once no more tokens come."""
-        return self.text[self._printed :]
+        return self._new(self.text)
 
     @property
     def text(self) -> str:
-        return self.tokenizer.decode(self.tokens)
+        text = self.tokenizer.decode(self.tokens)
+        return text[: min([text.find(stop) for stop in self.stop if stop in text], default=None)]
+
+    def _new(self, text: str) -> str:
+        new, self._printed = text[self._printed :], max(self._printed, len(text))
+        return new
+
+    def _held_back(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string may begin with."""
+        beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+        return max((len(start) for start in beginnings if text.endswith(start)), default=0)
