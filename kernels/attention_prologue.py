@@ -47,7 +47,7 @@ def attention_prologue_ref(
 ) -> Tensor:
     """The references of the single steps, one after the other; writes the caches in place."""
     kv_heads, head_dim = k_cache_RCGK.shape[2:]
-    heads = qkv_TF.view(len(qkv_TF), qkv_TF.shape[1] // head_dim, head_dim)
+    heads = qkv_TF.view(qkv_TF.shape[0], qkv_TF.shape[1] // head_dim, head_dim)
     num_turned = heads.shape[1] - kv_heads
     turned, v_TGK = torch.split_with_sizes(heads, (num_turned, kv_heads), dim=1)
     if rotation is not None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_dtype, check_launchable, rounded, widened
+from aerie.kernels.backend import check_dtype, check_launchable, constant, rounded, widened
 
 
 def attention_temperature_ref(
@@ -23,9 +23,10 @@ def attention_temperature_ref(
 ) -> Tensor:
     """The formula above in PyTorch, float32 inside."""
     wide = widened(q_THK)
-    steps_T = torch.floor((positions_T.to(wide.dtype) + 1) / floor_scale)
-    scale_T = torch.log1p(steps_T) * attn_scale + 1
-    return rounded(wide * scale_T[:, None, None], q_THK.dtype)
+    one, floor_, scale_ = (constant(x, wide) for x in (1.0, floor_scale, attn_scale))
+    steps_T = torch.floor((positions_T.to(wide.dtype) + one) / floor_)
+    scale_T = torch.addcmul(one, torch.log1p(steps_T), scale_)
+    return rounded(wide * scale_T.view(-1, 1, 1), q_THK.dtype)
 
 
 @triton.jit(do_not_specialize=["T"])

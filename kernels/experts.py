@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aerie.kernels.backend import check_dtype, check_launchable
 from aerie.kernels.router import Routing
+from aerie.kernels.stream_launch import read_ahead
 from aerie.kernels.swiglu import swiglu_ref
 
 
@@ -45,15 +46,21 @@ def _routed_ref(pairs: Tensor, ids: list[int], gate_up_EDF2: Tensor, down_EFD: T
     if not ids:
         return pairs
     if len(set(ids)) == 1:
-        return _swiglu_halves(pairs @ gate_up_EDF2[ids[0]]) @ down_EFD[ids[0]]
+        e = ids[0]
+        return _times(_swiglu_halves(_times(pairs, gate_up_EDF2[e])), down_EFD[e])
     order = sorted(range(len(ids)), key=ids.__getitem__)
     counts = Counter(ids[pair] for pair in order)
     order_P = torch.tensor(order, dtype=torch.int64, device=pairs.device)
     mine = pairs.index_select(0, order_P).split(list(counts.values()))
-    both = [x @ gate_up_EDF2[e] for e, x in zip(counts, mine, strict=True)]
+    both = [_times(x, gate_up_EDF2[e]) for e, x in zip(counts, mine, strict=True)]
     inner = _swiglu_halves(torch.cat(both)).split(list(counts.values()))
-    outer = [x @ down_EFD[e] for e, x in zip(counts, inner, strict=True)]
+    outer = [_times(x, down_EFD[e]) for e, x in zip(counts, inner, strict=True)]
     return torch.empty_like(pairs).index_copy_(0, order_P, torch.cat(outer))
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    read_ahead(weight)
+    return x @ weight
 
 
 def _swiglu_halves(gate_up_TF2: Tensor) -> Tensor:

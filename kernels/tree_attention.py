@@ -80,8 +80,7 @@ def _attend_ref(
 ) -> Tensor:
     """softmax(scale q k^T + bias) v, the heads of a group packed as rows: P = N * H / G."""
     k_GSK, v_GSK = (_gathered(*cache, seen, widened(q_NHK).dtype) for cache in caches)
-    kv_heads = len(k_GSK)
-    q_GPK = _packed(widened(q_NHK), kv_heads)
+    q_GPK = _packed(widened(q_NHK), k_GSK.shape[0])
     bias_PS = rounded(seen.bias(q_GPK.shape[1]), q_GPK.dtype)
     scores_GPS = torch.baddbmm(bias_PS, q_GPK, k_GSK.transpose(1, 2), alpha=scale)
     out_GPK = torch.bmm(scores_GPS.softmax(dim=-1), v_GSK)
@@ -90,11 +89,15 @@ def _attend_ref(
 
 def _packed(q_NHK: Tensor, kv_heads: int) -> Tensor:
     rows, heads, head_dim = q_NHK.shape
+    if rows == 1:
+        return q_NHK.view(kv_heads, heads // kv_heads, head_dim)
     q_NGRK = q_NHK.view(rows, kv_heads, heads // kv_heads, head_dim)
     return q_NGRK.transpose(0, 1).reshape(kv_heads, -1, head_dim)
 
 
 def _unpacked(out_GPK: Tensor, shape: torch.Size) -> Tensor:
+    if shape[0] == 1:
+        return out_GPK.view(shape)
     kv_heads, packed, head_dim = out_GPK.shape
     out_GNRK = out_GPK.view(kv_heads, shape[0], packed // shape[0], head_dim)
     return out_GNRK.transpose(0, 1).reshape(shape)

@@ -9,7 +9,6 @@ Letters: T rows, B sequences, N rows of one sequence, S keys, M pages per sequen
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TREE_ROWS = 64  # bits of an ancestor word
@@ -40,8 +39,10 @@ class SeenKeys:
 
     def bias(self, packed_rows: int) -> Tensor:
         """The mask of rows that are packed with their heads, a row's heads side by side."""
+        if self.bias_NS.shape[0] == 1:
+            return self.bias_NS
         if packed_rows not in self._packed:
-            repeats = packed_rows // len(self.bias_NS)
+            repeats = packed_rows // self.bias_NS.shape[0]
             self._packed[packed_rows] = self.bias_NS.repeat_interleave(repeats, dim=0)
         return self._packed[packed_rows]
 
@@ -65,46 +66,49 @@ def _seen_by_sequence(
     rows: TreeRows, b: int, own: slice, prefix: int, page_size: int, chunk_size: int | None
 ) -> list[SeenKeys]:
     """The root stands at position `prefix`, so no row looks further back than its chunk."""
-    end = prefix + own.stop - own.start
+    new = own.stop - own.start
     first = 0 if chunk_size is None else prefix // chunk_size * chunk_size
-    logical_S = torch.arange(first, end, device=rows.positions_T.device)
-    if own.stop - own.start == 1:
-        bias_NS = torch.zeros(1, 1, device=rows.positions_T.device)
-    else:
-        visible_NS = _visible(rows, own, prefix - first, logical_S, chunk_size)
-        bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
-        bias_NS.masked_fill_(~visible_NS, -torch.inf)
-    slots = _flat_slots(rows.page_table_BM[b], logical_S, first, page_size)
+    slots = _flat_slots(rows.page_table_BM[b], first, prefix + new, page_size)
+    if new == 1:
+        return [SeenKeys(own, slots, torch.zeros(1, 1, device=rows.positions_T.device))]
+    if chunk_size is not None and first + chunk_size >= prefix + new:
+        chunk_size = None  # all of them stand in one chunk, which the slots begin with
+    visible_NS = _visible(rows, own, prefix - first, first, chunk_size)
+    bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
+    bias_NS.masked_fill_(~visible_NS, -torch.inf)
+    if new <= ROW_BLOCK:
+        return [SeenKeys(own, slots, bias_NS)]
+    starts = range(own.start, own.stop, ROW_BLOCK)
     return [
-        SeenKeys(slice(start, start + len(block_NS)), slots, block_NS)
-        for start, block_NS in zip(
-            range(own.start, own.stop, ROW_BLOCK), bias_NS.split(ROW_BLOCK), strict=True
-        )
+        SeenKeys(slice(start, start + block_NS.shape[0]), slots, block_NS)
+        for start, block_NS in zip(starts, bias_NS.split(ROW_BLOCK), strict=True)
     ]
 
 
-def _flat_slots(table_M: Tensor, logical_S: Tensor, first: int, page_size: int) -> Tensor | slice:
-    pages = table_M[first // page_size : (first + len(logical_S) - 1) // page_size + 1]
-    numbers = pages.tolist()
+def _flat_slots(table_M: Tensor, first: int, end: int, page_size: int) -> Tensor | slice:
+    """Slots of the logical slots `first` .. `end` - 1."""
+    numbers = table_M[first // page_size : (end - 1) // page_size + 1].tolist()
     if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         start = numbers[0] * page_size + first % page_size
-        return slice(start, start + len(logical_S))
+        return slice(start, start + end - first)
+    logical_S = torch.arange(first, end, device=table_M.device)
     return table_M[logical_S // page_size].long() * page_size + logical_S % page_size
 
 
 def _visible(
-    rows: TreeRows, own: slice, num_prefix: int, logical_S: Tensor, chunk_size: int | None
+    rows: TreeRows, own: slice, num_prefix: int, first: int, chunk_size: int | None
 ) -> Tensor:
+    """Whether row n sees key s; the keys are slots `first` .. of the prefix, then the rows."""
     position_N = rows.positions_T[own]
     j_N = torch.arange(position_N.numel(), device=position_N.device)
     if rows.ancestors_T is None:
         related_NN = j_N <= j_N[:, None]
     else:
         related_NN = (rows.ancestors_T[own][:, None] >> j_N) & 1 == 1
-    visible_NS = F.pad(related_NN, (num_prefix, 0), value=True)
+    visible_NS = related_NN.new_ones(related_NN.shape[0], num_prefix + related_NN.shape[0])
+    visible_NS[:, num_prefix:] = related_NN
     if chunk_size is not None:
-        key_position_S = torch.cat([logical_S[:num_prefix], position_N])
-        visible_NS = visible_NS & (
-            key_position_S >= (position_N // chunk_size * chunk_size)[:, None]
-        )
+        prefix_S = torch.arange(first, first + num_prefix, device=position_N.device)
+        key_position_S = torch.cat([prefix_S, position_N])
+        visible_NS &= key_position_S >= (position_N // chunk_size * chunk_size)[:, None]
     return visible_NS

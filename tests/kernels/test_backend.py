@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aerie.kernels import backend
-from aerie.kernels.backend import check_launchable, pick, resolve
+from aerie.kernels.backend import check_launchable, constant, pick, resolve
 
 
 def test_auto_is_triton_on_a_gpu_and_eager_elsewhere():
@@ -38,3 +38,11 @@ def test_rejects_an_unknown_name():
 def test_pick():
     assert pick("triton", min, max) is min
     assert pick("eager", min, max) is max
+
+
+def test_constant_built_in_inference_serves_training():
+    with torch.inference_mode():
+        constant(0.12345, torch.ones(1))
+    x = torch.ones(2, requires_grad=True)
+    (x * constant(0.12345, x)).sum().backward()
+    assert x.grad.tolist() == pytest.approx([0.12345] * 2)
