@@ -14,7 +14,7 @@ from typing import Any
 
 from aerie.eagle3.config_fields import ConfigFields, FeatureNorm
 from aerie.eagle3.formats import Format, flatten
-from aerie.eagle3.reading import AS_WRITTEN, Decision, Reading
+from aerie.eagle3.reading import AS_WRITTEN, Decision, Reading, TapConvention
 from aerie.eagle3.registry import LayerKind
 from aerie.llama4.attention_config import AttentionSpec, RopeConfig
 from aerie.llama4.json_fields import read_fields, read_json
@@ -35,6 +35,7 @@ class Eagle3Config:
     draft_vocab_size: int
     num_taps: int
     aux_hidden_state_layers: tuple[int, ...] | None  # None: the target's default
+    tap_convention: TapConvention | None  # how the file's own ids were read, if it has some
     norm_before_residual: bool
     feature_norm: FeatureNorm  # in front of fc: over the concatenation, or one norm per tap
     norm_output: bool  # the next level gets the normalised state

@@ -60,6 +60,7 @@ class ConfigFields:
             "draft_vocab_size": self.draft_vocab_size,
             "num_taps": self.num_taps,
             "aux_hidden_state_layers": lambda: self.taps.inputs,
+            "tap_convention": lambda: self.taps.convention,
             "norm_before_residual": lambda: read_norm_before_residual(flat, reading),
             "feature_norm": self.feature_norm,
             "norm_output": lambda: read_norm_output(flat, reading).value,

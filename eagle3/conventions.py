@@ -18,10 +18,12 @@ TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 
 @dataclass(frozen=True)
 class Taps:
-    """`inputs` are the tapped layers by their inputs; None: the target's default."""
+    """`inputs` are the tapped layers by their inputs; None: the target's default, and then there
+    are no ids with a `convention` either."""
 
     inputs: tuple[int, ...] | None
     decision: Decision
+    convention: TapConvention | None = None
 
 
 def default_taps(num_layers: int) -> tuple[int, int, int]:
@@ -48,7 +50,7 @@ def read_taps(flat: FlatConfig, reading: Reading, num_layers: int) -> Taps:
     convention, reason = _convention(flat, reading, ids, num_layers)
     inputs = ids if convention == "input_to" else tuple(i + 1 for i in ids)
     written = f"{list(ids)} from {origin}, read as '{convention}': {reason}"
-    return Taps(inputs, Decision("taps", show_taps(inputs), written, logging.INFO))
+    return Taps(inputs, Decision("taps", show_taps(inputs), written, logging.INFO), convention)
 
 
 def _convention(

@@ -1,7 +1,8 @@
-"""The command line: `aerie generate` and `aerie doctor`.
+"""The command line: `aerie generate`, `probe`, `inspect` and `doctor`.
 
 Text and tables go to stdout, everything else to stderr; `--json` prints one object on stdout and
-nothing else there. Exit codes: 0 fine, 1 `--check` found different ids, 2 bad input.
+nothing else there. Exit codes: 0 fine, 1 `--check` found different ids or `probe` a draft that is
+not read rightly and alive, 2 bad input (for `inspect`: a checkpoint with problems).
 """
 
 import io
@@ -18,10 +19,14 @@ import torch
 import typer
 from rich.console import Console
 
-from aerie import report
+from aerie import embedded, inspection, probing, report
 from aerie.doctor import diagnose
+from aerie.eagle3.probe import probe as probe_draft
 from aerie.eagle3.sampling import SamplingParams
-from aerie.run import Request, load, run
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.llama4.checkpoint import resolve_folder
+from aerie.run import Request, device_named, dtype_named, load, load_target, run
+from aerie.text import load_tokenizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -148,6 +153,72 @@ def generate(
     if outcome.identical is False:
         stderr.print(report.first_difference(outcome))
         raise typer.Exit(1)
+
+
+@app.command()
+def probe(
+    model: Annotated[
+        str | None, typer.Option(help="Target: folder or hub id. Default: the embedded pair.")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Eagle3 draft: folder or hub id.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="One text, or a JSON list of texts.")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens the target writes per prompt.")] = 48,
+    speculative_config: Annotated[
+        str, typer.Option(help="JSON; its overrides count as what the files say.")
+    ] = "{}",
+    backend: Annotated[BackendName, typer.Option()] = BackendName.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if any.")] = "auto",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="auto: bfloat16 on a GPU, else float32.")
+    ] = DtypeName.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Is a draft alive, and if it accepts little: which known mistake explains it?"""
+    with _exit_code_2_on_bad_input():
+        if model is not None and draft is None:
+            raise ValueError("--draft: name the draft to probe")
+        speculation = SpeculativeConfig.from_json(speculative_config)
+        folder = resolve_folder(embedded.TARGET if model is None else model)
+        where = device_named(device)
+        target = load_target(folder, where, dtype_named(dtype.value, where), backend.value)
+        prompts = probing.probe_prompts(prompt_file, model is None, load_tokenizer(folder))
+        path = embedded.DRAFT if draft is None else draft
+        diagnosis = probe_draft(path, target, prompts, num_tokens, speculation.reading)
+    if as_json:
+        print(json.dumps(probing.as_dict(diagnosis)))
+    else:
+        stdout.print(probing.as_table(diagnosis))
+        for line in probing.verdict_lines(diagnosis):
+            stdout.print(line, markup=False, soft_wrap=True)
+    if diagnosis.verdict != "alive":
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A target or a draft: folder or hub id.")],
+    target: Annotated[
+        str | None, typer.Option(help="The target of the draft at PATH: folder or hub id.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens per sequence to plan memory for.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Sequences to plan memory for.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """What a checkpoint is, how it would be read and why, and all that is wrong with it."""
+    with _exit_code_2_on_bad_input():
+        found = inspection.inspect(
+            resolve_folder(path), target and resolve_folder(target), context, batch
+        )
+    if as_json:
+        print(json.dumps(inspection.as_dict(found)))
+    else:
+        stdout.print(report.key_value_table(inspection.as_rows(found)))
+        for problem in found.problems:
+            stdout.print(f"problem: {problem}", markup=False, soft_wrap=True)
+    if found.problems:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -70,7 +70,7 @@ class Request:
         chosen_draft = draft or speculation.model or default_draft
         if speculative_config is not None and chosen_draft is None:
             raise ValueError("--speculative-config: no draft; give --draft or its key 'model'")
-        resolved_device = _device(device)
+        resolved_device = device_named(device)
         return cls(
             model=embedded.TARGET if model is None else model,
             draft=None if no_draft else chosen_draft,
@@ -81,7 +81,7 @@ class Request:
             speculation=speculation,
             backend=backend,
             device=resolved_device,
-            dtype=_dtype(dtype, resolved_device),
+            dtype=dtype_named(dtype, resolved_device),
             kv_cache_dtype=kv_cache_dtype,
             check=check,
         )
@@ -115,17 +115,22 @@ class Outcome:
 
 def load(request: Request) -> Loaded:
     """Reads target, draft and tokenizer. Raises CheckpointError."""
-    if request.device.type == "cuda":
-        torch.cuda.set_device(request.device)  # where Triton launches
     folder = resolve_folder(request.model)
-    target = Llama4ForCausalLM.from_pretrained(
-        folder, request.dtype, request.device, request.backend
-    )
+    target = load_target(folder, request.device, request.dtype, request.backend)
     tokenizer = load_tokenizer(folder)
     if request.draft is None:
         return Loaded(target, None, tokenizer)
     draft = load_draft(request.draft, target, reading=request.speculation.reading)
     return Loaded(target, draft, tokenizer)
+
+
+def load_target(
+    folder: Path, device: torch.device, dtype: torch.dtype, backend: Backend
+) -> Llama4ForCausalLM:
+    """Reads a target onto its device. Raises CheckpointError."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches
+    return Llama4ForCausalLM.from_pretrained(folder, dtype, device, backend)
 
 
 def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
@@ -182,7 +187,7 @@ def _with_bad_words(request: Request, tokenizer: Tokenizer) -> SamplingParams:
     return replace(request.sampling, bad_words_ids=ids)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -196,7 +201,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_named(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)

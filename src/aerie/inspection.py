@@ -1,0 +1,274 @@
+"""`aerie inspect`: what a checkpoint is, how it would be read, what it takes, and its faults.
+
+Nothing is allocated for weights: the module is built on the meta device and every tensor is read
+through the strict loader, values included.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from aerie.eagle3.binding import check_fits, sharing_decisions
+from aerie.eagle3.checkpoint import (
+    check_is_dense,
+    optional_tensors,
+    own_parts,
+    read_vocabulary_map,
+    renaming,
+    tensor_names,
+)
+from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.formats import LAYER_KEY
+from aerie.eagle3.reading import Decision
+from aerie.eagle3.registry import EAGLE3_KEYS, resolve
+from aerie.kernels.head_rows import ids_from_offsets
+from aerie.llama4.checkpoint import load_weights
+from aerie.llama4.config import Llama4Config
+from aerie.llama4.json_fields import CheckpointError, read_json, strings
+from aerie.llama4.kv_plan import plan_pools
+from aerie.llama4.model import Llama4ForCausalLM
+from aerie.llama4.stored_tensors import StoredTensor, stored_tensors
+
+T = TypeVar("T")
+USUAL_DEPTH = 48  # Scout's and Maverick's, where no target is given
+PAGE_SIZE, STEP_ROWS = 64, 1024
+GROUPS = (  # first match wins; for targets and drafts
+    ("vocabulary maps", r"(^|\.)[dt]2[td]$"),
+    ("vision", r"vision_model|multi_modal_projector"),
+    ("embedding", r"embed_tokens"),
+    ("head", r"lm_head"),
+    ("fusion (fc)", r"(^|\.)fc\."),
+    ("norms", r"norm"),
+    ("attention", r"self_attn"),
+    ("router", r"\.router"),
+    ("shared expert", r"shared_expert"),
+    ("routed experts", r"\.experts"),
+    ("dense feed-forward", r"mlp|feed_forward"),
+    ("other", r""),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one kind: how many values of which type, and their bytes as stored."""
+
+    values: Mapping[str, int]
+    nbytes: int
+
+
+@dataclass
+class Inspection:
+    """Everything that could be found out; what could not be is among the problems."""
+
+    folder: Path
+    kind: Literal["target", "draft"]
+    facts: dict[str, str] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
+    groups: dict[str, Group] = field(default_factory=dict)
+    kv_bytes: int | None = None  # in two-byte elements
+    context: int = 0
+    batch: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def num_values(self) -> int:
+        return sum(sum(group.values.values()) for group in self.groups.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(group.nbytes for group in self.groups.values())
+
+    def attempt(self, read: Callable[[], T]) -> T | None:
+        """What `read` returns; its complaints join the problems, each once."""
+        try:
+            return read()
+        except (CheckpointError, OSError) as error:
+            lines = str(error).split("\n  ")
+            self.problems += [line for line in lines if line not in self.problems]
+            return None
+
+
+def inspect(folder: Path, target: Path | None, context: int, batch: int) -> Inspection:
+    """Looks at a target or, where the config is one, at an Eagle3 draft for `target`.
+
+    Raises ValueError for a plan of no tokens; what is wrong with the files is in the result.
+    """
+    if context < 1 or batch < 1:
+        raise ValueError(f"--context, --batch: must be at least 1, got {context} and {batch}")
+    found = Inspection(folder, "target", context=context, batch=batch)
+    values = found.attempt(lambda: read_json(folder / "config.json"))
+    stored = found.attempt(lambda: stored_tensors(folder)) or []
+    found.groups = _groups(stored)
+    if values is None:
+        return found
+    if "auto_map" in values:
+        found.facts["auto_map"] = "present and ignored: nothing in a checkpoint is ever imported"
+    if _is_draft(values):
+        found.kind = "draft"
+        _inspect_draft(found, values, target, bool(stored))
+    else:
+        _inspect_target(found, values, bool(stored))
+    return found
+
+
+def _is_draft(values: Mapping[str, Any]) -> bool:
+    if {LAYER_KEY, "speculators_model_type", *EAGLE3_KEYS} & values.keys():
+        return True
+    names = values.get("architectures")
+    return isinstance(names, list) and any("Eagle3" in str(name) for name in names)
+
+
+def _inspect_target(found: Inspection, values: Mapping[str, Any], has_tensors: bool) -> None:
+    config = found.attempt(lambda: Llama4Config.from_pretrained(found.folder))
+    names = found.attempt(lambda: strings(values, "architectures")) or ()
+    found.facts["architecture"] = ", ".join(names)
+    if config is None:
+        return
+    depth = config.num_hidden_layers
+    chunked = f"{sum(config.chunked_layers)} chunked at {config.attention_chunk_size}"
+    found.facts |= {
+        "layers": f"{depth}: {len(config.moe_layers)} with experts, {chunked}, "
+        f"{depth - sum(config.no_rope_layers)} without RoPE",
+        "experts": f"{config.num_local_experts}, {config.num_experts_per_tok} per token",
+        "vocabulary": str(config.vocab_size),
+        "context": str(config.max_position_embeddings),
+    }
+    chunks = [config.attention(layer).chunk_size for layer in range(depth)]
+    found.kv_bytes = _kv_bytes(found, chunks, config.num_key_value_heads, config.head_dim)
+    if has_tensors:
+        found.attempt(
+            lambda: Llama4ForCausalLM.from_pretrained(found.folder, torch.float32, "meta", "eager")
+        )
+
+
+def _inspect_draft(
+    found: Inspection, values: Mapping[str, Any], folder: Path | None, has_tensors: bool
+) -> None:
+    target = folder and found.attempt(lambda: Llama4Config.from_pretrained(folder))
+    depth = target.num_hidden_layers if target else USUAL_DEPTH
+    if folder is None:
+        found.facts["target"] = f"none given (--target): {depth} layers assumed, fit not checked"
+    resolution = found.attempt(lambda: resolve(values))
+    if resolution is not None:
+        found.facts["architecture"] = resolution.architecture
+    config = found.attempt(lambda: Eagle3Config.from_hf(values, depth))
+    if config is None:
+        return
+    found.decisions = (*config.decisions, *_readings(config))
+    spec = config.attention
+    found.kv_bytes = _kv_bytes(found, [None], spec.num_kv_heads, spec.head_dim)
+    if has_tensors:
+        _inspect_draft_tensors(found, config, target)
+
+
+def _inspect_draft_tensors(
+    found: Inspection, config: Eagle3Config, target: Llama4Config | None
+) -> None:
+    folder = found.folder
+    names = found.attempt(lambda: tensor_names(folder))
+    if names is None:
+        return
+    parts = own_parts(names, config)
+    with torch.device("meta"):
+        draft = Eagle3Llama4ForCausalLM(config, "eager", "meta", parts)
+    found.attempt(lambda: check_is_dense(names))
+    found.attempt(
+        lambda: load_weights(
+            draft, folder, renaming(parts), torch.float32, "meta", optional_tensors(config)
+        )
+    )
+    d2t_U = found.attempt(lambda: read_vocabulary_map(folder, config))
+    if d2t_U is not None:
+        share = config.draft_vocab_size / config.vocab_size
+        ids_U = ids_from_offsets(d2t_U)
+        found.facts["vocabulary map"] = (
+            f"{config.draft_vocab_size} of {config.vocab_size} target ids ({share:.1%}), "
+            f"{int(ids_U[0])} to {int(ids_U[-1])}"
+        )
+    if target is not None:
+        found.attempt(lambda: check_fits(config, parts, target))
+        found.decisions += sharing_decisions(config, parts, target)
+        with torch.device("meta"):
+            empty = Llama4ForCausalLM(target, "eager", "meta")
+        found.attempt(lambda: draft.tap_layers(empty))
+
+
+def _readings(config: Eagle3Config) -> tuple[Decision, ...]:
+    """The conventions that are read but seldom written."""
+    layout = config.attention.rotary_layout or "none (NoPE)"
+    by_kind = f"of the {config.layer_kind} layer"
+    return (
+        Decision("RoPE pairs", layout, by_kind),
+        Decision("norm_before_residual", str(config.norm_before_residual).lower(), "as read"),
+        Decision("norm_output", str(config.norm_output).lower(), "as read"),
+        Decision("norm in front of fc", config.feature_norm, "as read"),
+    )
+
+
+def _kv_bytes(
+    found: Inspection, chunk_sizes: Sequence[int | None], num_kv_heads: int, head_dim: int
+) -> int:
+    """Keys and values of all sequences in two-byte elements, as the cache allots them."""
+    plans = plan_pools(chunk_sizes, found.context, PAGE_SIZE, STEP_ROWS)
+    return found.batch * sum(plan.bytes(PAGE_SIZE, num_kv_heads, head_dim, 2) for plan in plans)
+
+
+def _groups(stored: Sequence[StoredTensor]) -> dict[str, Group]:
+    found: dict[str, list[StoredTensor]] = {}
+    for tensor in stored:
+        name = next(name for name, pattern in GROUPS if re.search(pattern, tensor.name))
+        found.setdefault(name, []).append(tensor)
+    order = [name for name, _ in GROUPS if name in found]
+    return {name: _group(found[name]) for name in order}
+
+
+def _group(tensors: Sequence[StoredTensor]) -> Group:
+    values: dict[str, int] = {}
+    for tensor in tensors:
+        values[tensor.kind] = values.get(tensor.kind, 0) + torch.Size(tensor.shape).numel()
+    return Group(values, sum(tensor.nbytes for tensor in tensors))
+
+
+def as_rows(found: Inspection) -> dict[str, str]:
+    """Two columns for the terminal."""
+    rows = {"checkpoint": f"{found.kind} in {found.folder}", **found.facts}
+    for decision in found.decisions:
+        rows[decision.topic] = f"{decision.choice} ({decision.reason})"
+    for name, group in found.groups.items():
+        shown = ", ".join(f"{count:,} {kind}" for kind, count in group.values.items())
+        rows[f"  {name}"] = f"{shown} = {_size(group.nbytes)}"
+    rows["weights"] = f"{found.num_values:,} values, {_size(found.weight_bytes)} as stored"
+    if found.kv_bytes is not None:
+        plan = f"{found.context} tokens x {found.batch}, 16 bit (half of it with FP8)"
+        rows["KV cache"] = f"{_size(found.kv_bytes)} for {plan}"
+    rows["problems"] = str(len(found.problems) or "none found")
+    return rows
+
+
+def as_dict(found: Inspection) -> dict[str, Any]:
+    """The object `--json` prints."""
+    decisions = {d.topic: {"choice": d.choice, "reason": d.reason} for d in found.decisions}
+    groups = {n: {"values": dict(g.values), "bytes": g.nbytes} for n, g in found.groups.items()}
+    return {
+        "folder": str(found.folder),
+        "kind": found.kind,
+        "facts": found.facts,
+        "decisions": decisions,
+        "tensors": groups,
+        "num_values": found.num_values,
+        "weight_bytes": found.weight_bytes,
+        "kv_cache": {"context": found.context, "batch": found.batch, "bytes": found.kv_bytes},
+        "problems": found.problems,
+    }
+
+
+def _size(nbytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes / 1e3:.1f} kB"
