@@ -15,7 +15,6 @@ from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import PREFILL_ROWS, generate
-from aerie.eagle3.verify import Verifier
 from aerie.kernels.head_rows import ids_from_offsets
 from aerie.llama4.model import Llama4ForCausalLM
 
@@ -71,12 +70,16 @@ def transcribe(
     """Lets the target continue the prompt and records the inputs of `layers`."""
     ids = [*prompt_ids, *generate(target, prompt_ids, num_tokens, eos_token_ids=()).tokens]
     chosen = tuple(sorted(layers))
-    verifier = Verifier(target, target.allocate_cache(len(ids)), target.backend, chosen)
+    target.set_aux_hidden_state_layers(chosen)
+    cache, device = target.allocate_cache(len(ids)), target.lm_head.weight.device
+    known_T = torch.tensor(ids[:-1], device=device)
     parts: list[tuple[Tensor, ...]] = []
     with torch.inference_mode():
-        for start in range(0, len(ids) - 1, PREFILL_ROWS):
-            part = ids[start : min(start + PREFILL_ROWS, len(ids) - 1)]
-            parts.append(verifier.prefill(part).aux_hidden_states)
+        for part_T in known_T.split(PREFILL_ROWS):
+            last_row = torch.tensor([len(part_T) - 1], device=device)
+            output = target(part_T, cache.causal_step(len(part_T)), last_row)
+            cache.commit(0, range(len(part_T)))
+            parts.append(output.aux_hidden_states)
     streams = [torch.cat(rows) for rows in zip(*parts, strict=True)]
     return Transcript(tuple(ids), len(prompt_ids), dict(zip(chosen, streams, strict=True)))
 

@@ -4,6 +4,7 @@ One sequence, greedy or sampled. The plain loop is the same code with a drafter 
 nothing, so what speculation is compared with differs from it in nothing else.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,12 @@ from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 
 PREFILL_ROWS = 1024  # rows of one prefill pass; bounds its activations
+DEAD_DRAFT = (
+    "the draft looks dead: %.0f of 100 first drafted tokens were accepted in %d drafts. The text "
+    "is right but not faster; `aerie probe` tests the known ways to misread a draft"
+)
+
+logger = logging.getLogger("aerie.eagle3")
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,7 @@ class Decoding:
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
         self._is_started = False
+        self._has_warned = False
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[int]]:
@@ -120,6 +128,10 @@ class Decoding:
         with self.stats.timed("verify"):
             verified = self.verifier.verify(self._ids(last.tokens[-1:]), draft)
         self.stats.count_draft(len(draft.tokens_N), len(verified.path) - 1)
+        if self.stats.is_at_the_floor and not self._has_warned:
+            self._has_warned = True
+            first = 100 * self.stats.acceptance_per_position[0]
+            logger.warning(DEAD_DRAFT, first, self.stats.num_drafts)
         return verified
 
     def _prefill(self) -> Verified:

@@ -20,10 +20,10 @@ from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.reading import AS_WRITTEN, Reading
 from aerie.eagle3.registry import load_draft
+from aerie.eagle3.stats import DEAD_BELOW
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.model import Llama4ForCausalLM
 
-ALIVE = 0.2  # first drafted token accepted; below it a draft costs more than it can bring
 COMPARED = 2  # drafted positions; norm_output shows from the second on
 CERTAIN = 4.0  # standard errors
 SMALLEST_GAIN = 0.01  # nats per token: nothing is worth an override below it
@@ -57,7 +57,7 @@ class Trial:
 
     @property
     def is_alive(self) -> bool:
-        return self.measured is not None and self.measured.acceptance[0] >= ALIVE
+        return self.measured is not None and self.measured.acceptance[0] >= DEAD_BELOW
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+DEAD_BELOW = 0.2  # first drafted tokens accepted; a draft below it costs more than it can bring
+DEAD_AFTER = 32  # drafts; one that accepts half is called dead in 3 of 10000 runs
+
 
 @dataclass
 class Stats:
@@ -72,6 +75,11 @@ class Stats:
         """Share of the drafts accepted up to position i - 1 that were accepted at i too."""
         pairs = zip(self.accepted_at, self.reached_at, strict=True)
         return [accepted / reached if reached else 0.0 for accepted, reached in pairs]
+
+    @property
+    def is_at_the_floor(self) -> bool:
+        """Whether enough drafts have been verified and hardly a first token was accepted."""
+        return self.num_drafts >= DEAD_AFTER and self.acceptance_per_position[0] < DEAD_BELOW
 
     @property
     def other_ms(self) -> float:

@@ -266,3 +266,24 @@ def test_check_exits_1_when_ids_differ(monkeypatch):
     assert result.exit_code == 1
     assert json.loads(result.stdout)["identical"] is False
     assert "differ from plain decoding at token 3" in result.stderr
+
+
+def test_a_dead_draft_is_said_once_on_stderr(tmp_path):
+    """In a process of its own, as a user sees it; stdout stays one JSON object."""
+    folder = shutil.copytree(DRAFT, tmp_path / "draft")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    arguments = ("generate", "--model", str(TARGET), "--prompt", "A class", "--json")
+    command = [sys.executable, "-m", "aerie", *arguments, "--max-new-tokens", "60"]
+    dead = subprocess.run(
+        [*command, "--draft", str(folder)], check=True, capture_output=True, text=True
+    )
+    assert json.loads(dead.stdout)["stats"]["acceptance_length"] < 1.2
+    assert dead.stderr.count("the draft looks dead") == 1
+    assert "aerie probe" in dead.stderr
+
+
+def test_a_living_draft_is_not_called_dead(caplog):
+    generate("--prompt", "The with statement", "--max-new-tokens", "120", "--json")
+    assert "looks dead" not in caplog.text

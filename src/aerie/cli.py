@@ -209,7 +209,7 @@ def inspect(
     """What a checkpoint is, how it would be read and why, and all that is wrong with it."""
     with _exit_code_2_on_bad_input():
         found = inspection.inspect(
-            resolve_folder(path), target and resolve_folder(target), context, batch
+            resolve_folder(path), resolve_folder(target) if target else None, context, batch
         )
     if as_json:
         print(json.dumps(inspection.as_dict(found)))

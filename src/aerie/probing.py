@@ -8,7 +8,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from aerie import embedded
-from aerie.eagle3.probe import ALIVE, Diagnosis, Trial
+from aerie.eagle3.probe import Diagnosis, Trial
+from aerie.eagle3.stats import DEAD_BELOW
 
 MAX_PROMPT_TOKENS = 256
 EMBEDDED_PROMPTS = 12
@@ -112,7 +113,7 @@ def verdict_lines(diagnosis: Diagnosis) -> list[str]:
     else:
         lines.append(
             f"accepted at position {_percentages(written.acceptance)} of {len(written.hits_NP)} "
-            f"starts, length {written.acceptance_length:.2f}; dead: below {ALIVE:.0%} at position 1"
+            f"starts, length {written.acceptance_length:.2f}; dead is below {DEAD_BELOW:.0%} at 1"
         )
     if diagnosis.better:
         best = diagnosis.better[0]

@@ -66,3 +66,22 @@ def test_acceptance_length_from_conditional_acceptances(length):
     products = list(accumulate(stats.conditional_acceptance_per_position, mul))
     assert products == pytest.approx(stats.acceptance_per_position)
     assert stats.acceptance_length == pytest.approx(1 + sum(products))
+
+
+@pytest.mark.parametrize(
+    ("drafts", "accepted", "is_dead"),
+    [(31, 0, False), (32, 0, True), (32, 6, True), (32, 7, False), (320, 63, True)],
+)
+def test_the_floor(drafts, accepted, is_dead):
+    """Below 0.2 of the first drafted tokens, after 32 drafts."""
+    stats = Stats()
+    for draft in range(drafts):
+        stats.count_draft(4, int(draft < accepted))
+    assert stats.is_at_the_floor == is_dead
+
+
+def test_no_drafts_are_no_dead_draft():
+    stats = Stats()
+    for _ in range(40):
+        stats.count_draft(0, 0)
+    assert not stats.is_at_the_floor
