@@ -5,9 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from aerie.assets.build import stages
-
-STAGES = ("text", "target", "distill", "draft", "joint", "acceptance", "notice")
+from aerie.assets.build.stages import STAGES, Rebuild
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -21,40 +19,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         choices=STAGES,
         default=STAGES,
-        help="stages to run; later ones read what earlier ones left in --out",
+        help="stages to run; later ones read what earlier ones left in OUT/unfinished",
     )
     return parser.parse_args(arguments)
-
-
-def run(stage: str, options: argparse.Namespace) -> None:
-    """Run one stage by name."""
-    out, seed, device = options.out, options.seed, options.device
-    match stage:
-        case "text":
-            stages.build_text(out)
-        case "target":
-            stages.build_target(out, seed, device)
-        case "distill":
-            stages.build_distilled(out, seed, device)
-        case "draft":
-            stages.build_draft(out, seed, device)
-        case "joint":
-            stages.build_jointly(out, seed, device)
-        case "acceptance":
-            stages.report_acceptance(out, device)
-            stages.remove_distilled(out)
-        case "notice":
-            stages.refresh_checksums(out)
 
 
 def main() -> None:
     """Run the chosen stages in pipeline order."""
     options = parse(sys.argv[1:])
-    for stage in STAGES:
-        if stage in options.stages:
-            started = time.monotonic()
-            run(stage, options)
-            print(f"{stage}: {time.monotonic() - started:.0f}s", file=sys.stderr, flush=True)
+    rebuild = Rebuild(options.out, options.seed, options.device)
+    for name in STAGES:
+        if name in options.stages:
+            wall, cpu = time.monotonic(), time.process_time()
+            getattr(rebuild, name)()
+            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            print(f"{name}: {wall:.0f} s, CPU {cpu:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

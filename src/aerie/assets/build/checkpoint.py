@@ -1,32 +1,30 @@
-"""Reading and writing the draft in the raw (EAGLE / SpecForge) layout.
+"""The draft's files, in the raw (EAGLE / SpecForge) layout.
 
 No tap ids are written: readers disagree on their meaning, and all agree on the default
 (2, N // 2, N - 3), the residual stream that enters those layers, which is what is used here.
 """
 
 import json
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from aerie.assets.build.draft import Draft, DraftShape
+from aerie.assets.build.draft import Draft
+from aerie.assets.build.draft_shape import DraftShape
 from aerie.assets.build.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
-
-def save_draft(draft: Draft, kept_U: torch.Tensor, folder: "Path") -> None:
-    """Write `config.json` and `model.safetensors`."""
+def save_draft(draft: Draft, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`, the weights rounded to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = draft.shape
     tensors = {
         name: tensor.to("cpu", torch.bfloat16).contiguous()
         for name, tensor in draft.state_dict().items()
     }
-    kept_U = kept_U.cpu()
+    del tensors["kept_U"]
+    kept_U = draft.kept_U.cpu()
     # d2t holds offsets: target id = draft id + d2t[draft id].
     tensors["d2t"] = kept_U - torch.arange(len(kept_U))
     tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool)
@@ -63,20 +61,3 @@ def draft_config(shape: DraftShape) -> dict[str, object]:
         "pad_token_id": PAD_ID,
         "torch_dtype": "bfloat16",
     }
-
-
-def load_draft(folder: "Path", device: str) -> tuple[Draft, torch.Tensor]:
-    """The draft, computing in float32, and its kept ids [U]."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    known = {field.name for field in fields(DraftShape)}
-    shape = DraftShape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        **{key: value for key, value in config.items() if key in known},
-    )
-    tensors = load_file(folder / "model.safetensors")
-    offset_U = tensors.pop("d2t")
-    del tensors["t2d"]
-    draft = Draft(shape)
-    draft.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return draft.to(device).eval(), (offset_U + torch.arange(len(offset_U))).to(device)

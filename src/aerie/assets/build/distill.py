@@ -2,26 +2,21 @@
 
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
+from tokenizers import Tokenizer
 
+from aerie.assets.build.model import Llama4
 from aerie.assets.build.tokenizer import BOS_ID, EOS_ID
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tokenizers import Tokenizer
-    from transformers import Llama4ForCausalLM
 
 
 @dataclass(frozen=True)
 class Distillation:
     """Amount and kind of continuations in the shipped run."""
 
-    batches: int = 12
+    batches: int = 8
     rows: int = 128
     row_length: int = 256
     shortest_prompt: int = 4
@@ -33,7 +28,7 @@ class Distillation:
 class PromptCutter:
     """Prompts cut from the topics at word starts, some of them disturbed."""
 
-    def __init__(self, texts: "Sequence[str]", tokenizer: "Tokenizer", seed: int) -> None:
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, seed: int) -> None:
         self.texts, self.tokenizer = texts, tokenizer
         self.sizes = [len(text) for text in texts]
         self.rng = random.Random(seed)
@@ -70,27 +65,13 @@ class PromptCutter:
         return " ".join(self.rng.choice(other) if self.rng.random() < 0.15 else w for w in words)
 
 
-@torch.no_grad()
-def greedy(model: "Llama4ForCausalLM", ids_BT: torch.Tensor, length: int) -> torch.Tensor:
-    """Continue every row to `length` tokens with the most likely token."""
-    cache = DynamicCache()
-    last_BT = ids_BT
-    while ids_BT.shape[1] < length:
-        logits_BTV = model(input_ids=last_BT, past_key_values=cache, logits_to_keep=1).logits
-        last_BT = logits_BTV[:, -1:].argmax(-1)
-        ids_BT = torch.cat([ids_BT, last_BT], dim=1)
-    return ids_BT
-
-
 def blank_after_end(ids_BT: torch.Tensor) -> torch.Tensor:
     """Replace what follows the first eos by bos, which the draft's loss leaves out."""
     ended_BT = (ids_BT == EOS_ID).cumsum(1) - (ids_BT == EOS_ID).long() > 0
     return ids_BT.masked_fill(ended_BT, BOS_ID)
 
 
-def distill(
-    model: "Llama4ForCausalLM", texts: "Sequence[str]", tokenizer: "Tokenizer", seed: int
-) -> torch.Tensor:
+def distill(model: Llama4, texts: Sequence[str], tokenizer: Tokenizer, seed: int) -> torch.Tensor:
     """[batches * rows, row_length] token ids on the CPU."""
     plan = Distillation()
     parts = []
@@ -101,10 +82,8 @@ def distill(
     return torch.cat(parts)
 
 
-def distill_batch(
-    model: "Llama4ForCausalLM", cutter: PromptCutter, plan: Distillation
-) -> torch.Tensor:
+def distill_batch(model: Llama4, cutter: PromptCutter, plan: Distillation) -> torch.Tensor:
     """[rows, row_length]: continuations of prompts of one length."""
     length = cutter.rng.randint(plan.shortest_prompt, plan.longest_prompt)
     prompt_BT = cutter.prompts(plan.rows, length, plan.disturbed).to(model.device)
-    return blank_after_end(greedy(model, prompt_BT, plan.row_length)).cpu()
+    return blank_after_end(model.greedy(prompt_BT, plan.row_length)).cpu()

@@ -1,155 +1,157 @@
-"""The stages of the rebuild; each reads what the earlier ones wrote under the output folder."""
+"""The stages of the rebuild.
 
-import hashlib
+Each reads what the ones before it left in OUT/unfinished and leaves one file there, under its name
+only once it is complete. OUT itself is touched by the last stage, which moves finished files into
+it. So an interrupted rebuild goes on from the stage it was in and never looks like a result.
+"""
+
 import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import Llama4ForCausalLM
+from torch import Tensor
 
-from aerie.assets.build.acceptance import Rounds, measure, reached
-from aerie.assets.build.checkpoint import load_draft, save_draft
+from aerie.assets.build.acceptance import measure
+from aerie.assets.build.checkpoint import save_draft
 from aerie.assets.build.corpus import CORPUS_PATH, cut_prompts, load_split
 from aerie.assets.build.distill import distill
-from aerie.assets.build.draft_training import DraftTraining, train_draft
-from aerie.assets.build.joint_training import LEGS, train_jointly
-from aerie.assets.build.target import RowSampler, TargetTraining, place, train_target
+from aerie.assets.build.draft import Draft, frequent_ids, start_as_head
+from aerie.assets.build.model import Llama4
+from aerie.assets.build.results import HELD_OUT_PROMPTS, RESULTS, refresh_checksums
+from aerie.assets.build.rows import RowSampler
+from aerie.assets.build.target import new_target, save_target
 from aerie.assets.build.tokenizer import train_tokenizer
+from aerie.assets.build.training import ALONE, OWN_TEXT, TOGETHER, Leg, train
 
-# The demo's prompt, and the number of drafted levels that acceptance is quoted for.
+STAGES = ("text", "alone", "together", "distilled", "own_text", "finish")
 DEMO_PROMPT = "The with statement"
-DEPTH = 4
-HELD_OUT_PROMPTS = "heldout_prompts.json"
-DISTILLED = "distilled.safetensors"
-CHECKSUMS = "## Checksums (sha256)\n```\n"
-CHECKED = (
-    "corpus.txt",
-    HELD_OUT_PROMPTS,
-    *(f"target/{name}.json" for name in ("config", "generation_config", "tokenizer")),
-    "target/model.safetensors",
-    "draft/config.json",
-    "draft/model.safetensors",
-)
+HELD_OUT_FLOOR = 2.6  # acceptance length; a pair below it is not installed
 
 
-def training_ids(tokenizer: Tokenizer) -> list[list[int]]:
-    """Every training topic as token ids, without special tokens."""
-    topics = load_split().train
-    encoded = (tokenizer.encode(topics[n], add_special_tokens=False) for n in sorted(topics))
-    return [encoding.ids for encoding in encoded]
+class Rebuild:
+    """One rebuild under way; every public method is a stage."""
+
+    def __init__(self, out: Path, seed: int, device: str) -> None:
+        self.out, self.seed, self.device = out, seed, device
+        self.unfinished = out / "unfinished"
+
+    def text(self) -> None:
+        """Copy the frozen corpus, cut the held-out prompts, train the tokenizer."""
+        (self.unfinished / "target").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(CORPUS_PATH, self.unfinished / CORPUS_PATH.name)
+        split = load_split()
+        tokenizer = train_tokenizer(split.train[name] for name in sorted(split.train))
+        prompts = cut_prompts(split.held_out, tokenizer)
+        held_out = {"topics": sorted(split.held_out), "prompts": prompts}
+        text = json.dumps(held_out, indent=2, ensure_ascii=False)
+        (self.unfinished / HELD_OUT_PROMPTS).write_text(text + "\n", encoding="utf-8")
+        tokenizer.save(str(self.unfinished / "target" / "tokenizer.json"))
+
+    def alone(self) -> None:
+        """Train the target by itself."""
+        self._seed(0)
+        model = new_target(self.device)
+        self._train(ALONE, model, None, None)
+        self._leave("alone", model.state_dict())
+
+    def together(self) -> None:
+        """Add a draft and train both on the topics."""
+        self._seed(1)
+        model = new_target(self.device)
+        model.load_state_dict(self._left("alone"))
+        draft = Draft(frequent_ids(self._topics())).to(self.device)
+        start_as_head(draft, model)
+        self._train(TOGETHER, model, draft, None)
+        self._leave("together", _joined(model, draft))
+
+    def distilled(self) -> None:
+        """Let the target continue many prompts."""
+        model, _ = self._pair("together")
+        texts = load_split().train
+        ids_BT = distill(model, [texts[n] for n in sorted(texts)], self._tokenizer(), self.seed)
+        self._leave("distilled", {"ids": ids_BT})
+
+    def own_text(self) -> None:
+        """Train both on the topics and on what the target wrote."""
+        self._seed(2)
+        model, draft = self._pair("together")
+        self._train(OWN_TEXT, model, draft, self._left("distilled")["ids"])
+        self._leave("own_text", _joined(model, draft))
+
+    def finish(self) -> None:
+        """Write the checkpoint files, measure acceptance on them, and move them to OUT."""
+        model, draft = self._pair("own_text")
+        save_target(model, self.unfinished / "target")
+        save_draft(draft, self.unfinished / "draft")
+        self._check_acceptance()
+        for name in RESULTS:
+            (self.out / name).parent.mkdir(exist_ok=True)
+            (self.unfinished / name).replace(self.out / name)
+        shutil.rmtree(self.unfinished)
+        refresh_checksums(self.out)
+
+    def _check_acceptance(self) -> None:
+        held_out = json.loads((self.unfinished / HELD_OUT_PROMPTS).read_text(encoding="utf-8"))
+        found = measure(self.unfinished, [prompt["text"] for prompt in held_out["prompts"]])
+        print("held-out prompts:", found, file=sys.stderr)
+        demo = measure(self.unfinished, [DEMO_PROMPT])
+        print(f"{DEMO_PROMPT!r}: {demo}\n{demo.texts[0]}", file=sys.stderr, flush=True)
+        if found.length < HELD_OUT_FLOOR:
+            raise SystemExit(
+                f"held-out acceptance length: must be at least {HELD_OUT_FLOOR}, got "
+                f"{found.length:.3f}; nothing is installed, the pair is left in {self.unfinished}"
+            )
+
+    def _train(self, leg: Leg, model: Llama4, draft: Draft | None, own_BT: Tensor | None) -> None:
+        sampler = RowSampler(self._topics(), self.seed + leg.steps)
+        topic_rows = partial(sampler.rows, leg.topic_rows, leg.row_length)
+
+        def rows() -> Tensor:
+            if own_BT is None:
+                return topic_rows()
+            picked = torch.randint(len(own_BT), (leg.own_rows,))
+            return torch.cat([topic_rows(), own_BT[picked].cpu()])
+
+        train(leg, model, draft, rows)
+
+    def _seed(self, offset: int) -> None:
+        torch.manual_seed(3 * self.seed + offset)
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(self.unfinished / "target" / "tokenizer.json"))
+
+    def _topics(self) -> list[list[int]]:
+        """Every training topic as token ids, without special tokens."""
+        tokenizer, texts = self._tokenizer(), load_split().train
+        encoded = [tokenizer.encode(texts[n], add_special_tokens=False) for n in sorted(texts)]
+        return [encoding.ids for encoding in encoded]
+
+    def _pair(self, stage: str) -> tuple[Llama4, Draft]:
+        model, draft = new_target(self.device), Draft().to(self.device)
+        tensors = self._left(stage)
+        for prefix, module in (("target.", model), ("draft.", draft)):
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            module.load_state_dict(part)
+        return model, draft
+
+    def _leave(self, stage: str, tensors: dict[str, Tensor]) -> None:
+        path = self.unfinished / f"{stage}.safetensors"
+        partial_path = path.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial_path)
+        partial_path.replace(path)
+
+    def _left(self, stage: str) -> dict[str, Tensor]:
+        path = self.unfinished / f"{stage}.safetensors"
+        if not path.is_file():
+            raise SystemExit(f"{path}: missing; run stage {stage!r} first")
+        return load_file(path, device=self.device)
 
 
-def load_tokenizer(out: Path) -> Tokenizer:
-    """The tokenizer that the first stage wrote."""
-    return Tokenizer.from_file(str(out / "target" / "tokenizer.json"))
-
-
-def load_target(out: Path, device: str) -> Llama4ForCausalLM:
-    """The shipped bfloat16 target, computing in float32."""
-    model = Llama4ForCausalLM.from_pretrained(out / "target", dtype=torch.float32)
-    place(model, device)
-    return model.eval()
-
-
-def build_text(out: Path) -> None:
-    """Copy the frozen corpus, train the tokenizer, cut the held-out prompts."""
-    (out / "target").mkdir(parents=True, exist_ok=True)
-    corpus_path = out / CORPUS_PATH.name
-    if corpus_path.resolve() != CORPUS_PATH:
-        corpus_path.write_bytes(CORPUS_PATH.read_bytes())
-    split = load_split()
-    tokenizer = train_tokenizer(split.train[name] for name in sorted(split.train))
-    tokenizer.save(str(out / "target" / "tokenizer.json"))
-    prompts = cut_prompts(split.held_out, tokenizer)
-    write_json(out / HELD_OUT_PROMPTS, {"topics": sorted(split.held_out), "prompts": prompts})
-
-
-def build_target(out: Path, seed: int, device: str) -> None:
-    """Train the target and write it in transformers' own format."""
-    topics = training_ids(load_tokenizer(out))
-    model = train_target(topics, seed, device, TargetTraining())
-    model.bfloat16().save_pretrained(out / "target")
-
-
-def build_distilled(out: Path, seed: int, device: str) -> None:
-    """Let the target continue many prompts; `remove_distilled` takes the text away again."""
-    texts = load_split().train
-    ordered = [texts[name] for name in sorted(texts)]
-    ids_BT = distill(load_target(out, device), ordered, load_tokenizer(out), seed)
-    save_file({"ids": ids_BT.to(torch.int16)}, out / DISTILLED)
-
-
-def build_draft(out: Path, seed: int, device: str) -> None:
-    """Train the draft and write it in the raw layout."""
-    sampler = RowSampler(training_ids(load_tokenizer(out)), seed)
-    distilled_BT = load_file(out / DISTILLED)["ids"].long()
-    target = load_target(out, device)
-    draft, kept_U = train_draft(target, distilled_BT, sampler, seed, DraftTraining())
-    save_draft(draft, kept_U, out / "draft")
-
-
-def build_jointly(out: Path, seed: int, device: str) -> None:
-    """Train both on, together, and write both again."""
-    torch.manual_seed(seed + 1)
-    sampler = RowSampler(training_ids(load_tokenizer(out)), seed + 7)
-    own_BT = load_file(out / DISTILLED)["ids"].long()
-    target = load_target(out, device)
-    draft, kept_U = load_draft(out / "draft", device)
-    for leg in LEGS:
-        train_jointly(target, draft, kept_U, own_BT, sampler, leg)
-    target.bfloat16().save_pretrained(out / "target")
-    save_draft(draft, kept_U, out / "draft")
-
-
-def refresh_checksums(out: Path) -> None:
-    """Bring the notice's table of SHA-256 sums up to date, if there is a notice."""
-    notice = out / "NOTICE.md"
-    if not notice.is_file():
-        return
-    sums = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in CHECKED}
-    table = "\n".join(f"{digest}  {name}" for name, digest in sums.items())
-    before, _, rest = notice.read_text(encoding="utf-8").partition(CHECKSUMS)
-    _, _, after = rest.partition("```\n")
-    notice.write_text(f"{before}{CHECKSUMS}{table}\n```\n{after}", encoding="utf-8")
-
-
-def report_acceptance(out: Path, device: str) -> None:
-    """Print acceptance on the held-out prompts and on the demo's prompt to stderr."""
-    tokenizer, target = load_tokenizer(out), load_target(out, device)
-    draft, kept_U = load_draft(out / "draft", device)
-    prompts = json.loads((out / HELD_OUT_PROMPTS).read_text(encoding="utf-8"))["prompts"]
-
-    def rounds(text: str) -> Rounds:
-        return measure(target, draft, kept_U, tokenizer.encode(text).ids, depth=DEPTH)
-
-    held_out = [rounds(prompt["text"]) for prompt in prompts]
-    _print_acceptance("held-out prompts", held_out)
-    demo = rounds(DEMO_PROMPT)
-    _print_acceptance(DEMO_PROMPT, [demo])
-    print(tokenizer.decode(demo.text_ids), file=sys.stderr)
-
-
-def remove_distilled(out: Path) -> None:
-    """The distilled text is a product of the rebuild, not one of its results."""
-    (out / DISTILLED).unlink(missing_ok=True)
-
-
-def _print_acceptance(label: str, rounds: list[Rounds]) -> None:
-    shares = reached(rounds, DEPTH)
-    conditional = [b / a if a else 0.0 for a, b in zip([1.0, *shares], shares, strict=False)]
-    mean = sum(one.mean_length for one in rounds) / len(rounds)
-    print(
-        f"{label}: tokens per target pass {1 + sum(shares):.3f} (mean over prompts {mean:.3f})\n"
-        f"  reached {[round(share, 3) for share in shares]}"
-        f" conditional {[round(share, 3) for share in conditional]}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def write_json(path: Path, value: object) -> None:
-    """Indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _joined(model: Llama4, draft: Draft) -> dict[str, Tensor]:
+    parts = {"target": model.state_dict(), "draft": draft.state_dict()}
+    return {f"{name}.{key}": t for name, state in parts.items() for key, t in state.items()}

@@ -1,40 +1,12 @@
-"""Training of the tiny Llama 4 target: transformers' own model on rows cut from the topics."""
+"""The target's configuration and its files, in transformers' own format."""
 
-import sys
-import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from aerie.assets.build import chunked_attention
-from aerie.assets.build.router_balance import RouterBalance
-from aerie.assets.build.schedule import cosine, line
+from aerie.assets.build.model import Llama4
 from aerie.assets.build.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
-@dataclass(frozen=True)
-class TargetTraining:
-    """Hyper-parameters of the shipped run."""
-
-    steps: int = 1000
-    rows: int = 6
-    row_length: int = 384
-    peak_lr: float = 3e-3
-    final_lr: float = 1e-5
-    warmup: int = 60
-    # The shipped run set out on a cosine of 1700 steps and was brought down early, in a
-    # straight line, because the machine turned out busier than planned.
-    cosine_steps: int = 1700
-    anneal_from: int = 685
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    # Top-1 routing starves experts early on; this keeps all of them in use.
-    balance: float = 0.01
+from aerie.llama4.config import Llama4Config
 
 
 def target_config() -> Llama4TextConfig:
@@ -79,107 +51,13 @@ def _rope_parameters() -> dict[str, float | str]:
     }
 
 
-class RowSampler:
-    """Rows as a served model meets them: bos, then text that starts anywhere in a topic."""
-
-    def __init__(self, topics: "Sequence[list[int]]", seed: int) -> None:
-        self.topics = [torch.tensor([*ids, EOS_ID]) for ids in topics]
-        self.sizes = torch.tensor([len(ids) for ids in topics], dtype=torch.float)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def rows(self, num_rows: int, length: int) -> torch.Tensor:
-        """[num_rows, length] token ids."""
-        return torch.stack([self._row(length) for _ in range(num_rows)])
-
-    def _row(self, length: int) -> torch.Tensor:
-        pieces, size = [], 0
-        while size < length:
-            piece = self._piece(from_start=bool(pieces))
-            pieces.append(piece)
-            size += len(piece)
-        return torch.cat(pieces)[:length]
-
-    def _piece(self, from_start: bool) -> torch.Tensor:
-        topic = self.topics[int(torch.multinomial(self.sizes, 1, generator=self.generator))]
-        start = 0
-        if not from_start:
-            start = int(torch.randint(len(topic), (1,), generator=self.generator))
-        return torch.cat([torch.tensor([BOS_ID]), topic[start:]])
+def new_target(device: str) -> Llama4:
+    """An untrained target."""
+    return Llama4(Llama4Config.from_hf(target_config().to_dict())).to(device)
 
 
-def target_rate(step: int, plan: TargetTraining) -> float:
-    """The cosine up to `anneal_from`, then a straight line down to the final rate."""
-    top = min(step, plan.anneal_from)
-    rate = cosine(top, plan.cosine_steps, plan.warmup, plan.peak_lr, plan.final_lr)
-    return line(step - top, plan.steps - 1 - plan.anneal_from, rate, plan.final_lr)
-
-
-def train_target(
-    topics: "Sequence[list[int]]", seed: int, device: str, plan: TargetTraining
-) -> Llama4ForCausalLM:
-    """A trained target whose float32 weights are exactly representable in bfloat16."""
-    torch.manual_seed(seed)
-    model = Llama4ForCausalLM(target_config()).train()
-    place(model, device)
-    model.set_attn_implementation(chunked_attention.register())
-    # Adam's moments of rarely used weights decay into denormals, which are slow on a CPU.
-    torch.set_flush_denormal(True)
-    balance = RouterBalance(model)
-    optimizer = _optimizer(model, plan)
-    sampler = RowSampler(topics, seed)
-    started = time.monotonic()
-    for step in range(plan.steps):
-        rate = target_rate(step, plan)
-        ids_BT = sampler.rows(plan.rows, plan.row_length).to(device)
-        loss = _train_step(model, balance, optimizer, ids_BT, rate, plan)
-        if step % 50 == 0 or step + 1 == plan.steps:
-            seconds = time.monotonic() - started
-            print(
-                f"target step {step} loss {loss:.3f} {seconds:.0f}s\n{balance.histogram()}",
-                file=sys.stderr,
-                flush=True,
-            )
-    balance.remove()
-    model.set_attn_implementation("sdpa")
-    return round_to_bfloat16(model.eval())
-
-
-def _optimizer(model: torch.nn.Module, plan: TargetTraining) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim == 1]
-    groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": gains, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=plan.peak_lr, betas=(0.9, 0.95), fused=True)
-
-
-def _train_step(
-    model: Llama4ForCausalLM,
-    balance: "RouterBalance",
-    optimizer: torch.optim.Optimizer,
-    ids_BT: torch.Tensor,
-    rate: float,
-    plan: TargetTraining,
-) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-    (loss + plan.balance * balance.loss()).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-def place(model: torch.nn.Module, device: str) -> None:
-    """Move in place; the wrapper that transformers puts around `to` confuses type checkers."""
-    model.to(device)
-
-
-@torch.no_grad()
-def round_to_bfloat16(model: Llama4ForCausalLM) -> Llama4ForCausalLM:
-    """Round every weight in place, so that float32 and shipped bfloat16 weights are equal."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(torch.bfloat16))
-    return model
+def save_target(model: Llama4, folder: Path) -> None:
+    """Write the weights, rounded to bfloat16, through transformers."""
+    theirs = Llama4ForCausalLM(target_config()).bfloat16()
+    theirs.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    theirs.save_pretrained(folder)
