@@ -2,8 +2,8 @@
 
 The target starts alone. Then the draft's loss reaches it too, through the taps and through its own
 distribution, as in multi-token prediction (arXiv 2404.19737): the first draft of this size, trained
-behind a finished target, guessed little better than half of its greedy choices. In the last leg half
-of the rows are the target's own text, which makes it surer of what it would write anyway.
+behind a finished target, guessed little better than half of its greedy choices. In the last leg
+half of the rows are the target's own text, which makes it surer of what it would write anyway.
 """
 
 import sys
