@@ -104,4 +104,5 @@ PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "experts": {"grouped_mm": grouped_mm},
     "swiglu": {"liger": liger_swiglu, "flashinfer": flashinfer_swiglu},
     "tree_attention": {"sdpa": sdpa},
+    "tree_attention_prompt": {"sdpa": sdpa},
 }

@@ -210,21 +210,27 @@ def _tree_attention_op(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        _tree_attention_merge_kernel[(num_rows * heads,)](
-            partials,
-            lse,
-            row_starts,
-            out,
-            num_rows * heads,
-            sequences,
-            splits,
-            heads,
-            K=head_dim,
-            BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_K=config.BLOCK_K,
-            num_warps=4,
-        )
+        _merge(partials, lse, row_starts, out)
     return out
+
+
+def _merge(partials: Tensor, lse: Tensor, row_starts: Tensor, out: Tensor) -> None:
+    """The shares [S, T, H, K] into `out`; rows of no sequence become zero."""
+    splits, num_rows, heads, head_dim = partials.shape
+    _tree_attention_merge_kernel[(num_rows * heads,)](
+        partials,
+        lse,
+        row_starts,
+        out,
+        num_rows * heads,
+        row_starts.numel() - 1,
+        splits,
+        heads,
+        K=head_dim,
+        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_K=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=4,
+    )
 
 
 @_tree_attention_op.register_fake

@@ -13,12 +13,12 @@ Letters: as in `tree_attention`; S shares, and a packed row m is a pair of a row
 import triton
 import triton.language as tl
 
+from aerie.kernels.tree_attention_ranges import seen_slots, share_of
 from aerie.kernels.tree_attention_tiles import (
     add_spoilt,
     attend_edges,
     attend_full,
-    in_float16,
-    rounded_up,
+    fitted,
     words_in_chunk,
 )
 
@@ -72,32 +72,14 @@ def _tree_attention_kernel(
     row = row_start + t
     k = tl.arange(0, BLOCK_K)
 
-    # logical slots: [first, last) may be seen by some row, [all_from, all_to) is seen by all
-    first_t = tl.program_id(0) * BLOCK_M // RATIO
-    last_t = (tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // RATIO
-    first, all_from = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    lowest = tl.zeros([BLOCK_M], tl.int32)
-    if CHUNK_SIZE > 0:
-        position = tl.load(positions_ptr + row, mask=is_row, other=0).to(tl.int32)
-        lowest = position - position % CHUNK_SIZE
-        first += tl.min(tl.where(is_row, lowest, prefix + num_rows), axis=0)
-        all_from += tl.max(tl.where(is_row, lowest, 0), axis=0)
-    if HAS_ANCESTORS:
-        last, all_to = prefix + num_rows, prefix
-    else:
-        last, all_to = prefix + tl.minimum(num_rows, last_t + 1), prefix + first_t + 1
-    base = first - first % BLOCK_N  # tiles start at multiples of BLOCK_N: one page may hold them
-    share = rounded_up(tl.cdiv(last - base, tl.num_programs(2)), BLOCK_N)
-    begin = base + (tl.program_id(2).to(tl.int64) * share).to(tl.int32)
-    end = tl.minimum(begin + share, last)
+    first, last, all_from, all_to, lowest = seen_slots(
+        positions_ptr + row, is_row, prefix, num_rows, CHUNK_SIZE, HAS_ANCESTORS, RATIO, BLOCK_M
+    )
+    begin, end, full_from, full_to = share_of(first, last, all_from, all_to, BLOCK_N)
     lse_row_ptr = lse_ptr + tl.program_id(2).to(tl.int64) * num_heads + row * (G * RATIO) + h
     if SPLIT and begin >= end:
         tl.store(lse_row_ptr, -float("inf"), mask=is_row)
         return
-    full_from = tl.maximum(begin, rounded_up(all_from, BLOCK_N))
-    full_to = tl.minimum(end, all_to)
-    full_to = full_to - full_to % BLOCK_N
-
     word = tl.zeros([BLOCK_M], tl.int64)
     if HAS_ANCESTORS:
         in_tail = is_row & (tl.zeros_like(t) + end > prefix)  # other shares see the prefix alone
@@ -110,10 +92,7 @@ def _tree_attention_kernel(
     q = tl.load(q_ptr + q_offset[:, None] + k[None, :], mask=in_rows, other=0.0)
     factor = tl.full([BLOCK_M], LOG2_E, tl.float32) * scale
     if HAS_SCALES:
-        factor *= tl.load(k_scale_ptr + head * stride_ks)
-        if q.dtype == tl.bfloat16:
-            q, up = in_float16(q)
-            factor *= up
+        q, factor = fitted(q, factor * tl.load(k_scale_ptr + head * stride_ks))
     k_ptr, v_ptr = k_cache_ptr + head * K, v_cache_ptr + head * K
     pages_ptr = page_table_ptr + b * stride_pb
     state = (

@@ -17,19 +17,19 @@ import triton.language as tl
 
 
 @triton.jit
-def rounded_up(x, STEP: tl.constexpr):
-    return x + (STEP - 1) - (x + (STEP - 1)) % STEP
+def fitted(q, factor):
+    """Rows as they meet FP8 keys, which become float16, and the factor of their scores.
 
-
-@triton.jit
-def in_float16(q):
-    """bfloat16 rows in float16, each times an exact 2^-e that rules out overflow; and 2^e."""
-    wide = q.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(wide), axis=1), 0.0)
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
-    down = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    up = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    return (wide * down[:, None]).to(tl.float16), up
+    A bfloat16 row is turned into float16 times an exact 2^-e that rules out overflow.
+    """
+    if q.dtype == tl.bfloat16:
+        wide = q.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide), axis=1), 0.0)
+        exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
+        down = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        up = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+        q, factor = (wide * down[:, None]).to(tl.float16), factor * up
+    return q, factor
 
 
 @triton.jit
