@@ -59,9 +59,9 @@ def _convention(
     if reading.tap_convention is not None:
         return reading.tap_convention, "the override says so"
     if flat.format != "speculators":
-        return "output_of", f"so write {flat.producer}"
+        return "output_of", f"that is what {flat.producer} writes"
     if flat.producer.endswith("trained by it"):
-        return "input_to", "so trains the speculators library"
+        return "input_to", "that is what the speculators library trains with"
     if set(ids) == set(default_taps(num_layers)):
         return "input_to", "these are the speculators library's own defaults"
     return "output_of", "converted heads keep the ids of SpecForge or ModelOpt"
