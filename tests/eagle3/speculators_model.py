@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """A tiny Eagle3 draft made, saved and run by the speculators library itself: an outside oracle.
 
 `python tests/eagle3/speculators_model.py FOLDER`, where the library is installed (0.9.0 was used),

@@ -1,7 +1,7 @@
 """Drafts of the speculators library, against the library's own forward pass.
 
-The saved sample needs nothing; the rest runs where the library is installed, which no extra of
-this package does: it pins another transformers.
+The saved sample needs nothing; the rest runs where the library is installed (the extra `oracle`; it
+asks for an older transformers than `constraints.txt`, so in an environment of its own).
 """
 
 import importlib.util
