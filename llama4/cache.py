@@ -35,6 +35,13 @@ class Tree:
 
     parents: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Raises ValueError unless parents come before their children (-1: the prefix itself)."""
+        if not all(-1 <= parent < row for row, parent in enumerate(self.parents)):
+            raise ValueError(
+                f"parents: entry i must be an earlier row 0..i-1, or -1, got {self.parents}"
+            )
+
     def depths(self) -> list[int]:
         """Edges between the root and each row."""
         depths: list[int] = []

@@ -193,6 +193,12 @@ def test_rejects_wrong_calls(make_cache):
             cache.rollback(0, length)
 
 
+@pytest.mark.parametrize("parents", [(0,), (-1, 1), (-1, 2, 0), (-1, -2)])
+def test_rejects_parents_behind_their_children(parents):
+    with pytest.raises(ValueError, match="parents: entry i must be an earlier row"):
+        Tree(parents)
+
+
 def test_rejects_a_path_beyond_the_last_step(make_cache):
     cache = make_cache(8, 4).cache
     cache.causal_step(3)
