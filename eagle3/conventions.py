@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from aerie.eagle3.formats import FlatConfig
 from aerie.eagle3.reading import Decision, Reading, TapConvention
 from aerie.kernels.rope import Layout
-from aerie.llama4.json_fields import CheckpointError, flag, integers, section
+from aerie.llama4.json_fields import CheckpointError, flag, integers, number, section
 
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 
@@ -109,7 +109,7 @@ def rope_decisions(flat: FlatConfig, theta: float) -> tuple[Decision, ...]:
     if nested is None and top is None:
         reason = "the config names none; this is what such drafts were trained with"
         return (Decision("rope_theta", f"{theta:g}", reason, logging.INFO),)
-    if nested is not None and top is not None and nested != top:
+    if nested is not None and top is not None and theta != number(values, "rope_theta"):
         reason = f"from {key}, while the top level says {top:g}"
         return (Decision("rope_theta", f"{theta:g}", reason, logging.WARNING),)
     return (Decision("rope_theta", f"{theta:g}", "the top level" if nested is None else key),)

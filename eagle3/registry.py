@@ -108,7 +108,7 @@ def _is_eagle3(name: str, flat: FlatConfig) -> bool:
 
 def _layer_kind(architecture: str, flat: FlatConfig) -> tuple[LayerKind, str]:
     model_type = flat.values.get("model_type")
-    if model_type in MODEL_TYPES:
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
         return MODEL_TYPES[model_type], f"model_type {model_type!r}"
     if model_type is not None:
         raise CheckpointError(
