@@ -1,25 +1,40 @@
 """Tokens per second of the embedded pair: plain, speculative, and transformers' own `generate`.
 
-All three decode the same checkpoint from the same prompt in alternation, batch 1, greedy. On a CPU
-with a model this small the draft's share of a round is large; a served Llama 4 is another case.
+All three decode one checkpoint from the same held-out prompts, in alternation, batch 1, greedy;
+a speed is the median over the prompts. On a CPU with a model this small the draft's share of a
+round is large; a served Llama 4 is another case.
 """
 
 import json
 import time
-from statistics import median
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean, median
 
 import pytest
 import torch
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import generate
+from aerie.eagle3.stats import Stats
 from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 
 NEW_TOKENS = 128
-ROUNDS = 9
 PROVIDERS = ("transformers", "plain", "speculative")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt decoded by one provider; `stats` of our own loop only."""
+
+    seconds: float
+    stats: Stats | None
+
+    @property
+    def acceptance_length(self) -> float:
+        return 1.0 if self.stats is None else self.stats.acceptance_length
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +44,13 @@ def heldout_ids() -> list[list[int]]:
     return [tokenizer.encode(prompt["text"]).ids for prompt in prompts]
 
 
-@pytest.fixture(scope="session")
-def prompt_ids(heldout_ids) -> list[int]:
-    return heldout_ids[0]
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """A second thread makes none of the three faster: a step is many small products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -52,28 +71,30 @@ def theirs(device):
 
 
 @pytest.fixture(scope="session")
-def seconds(request, prompt_ids) -> dict[str, list[float]]:
-    """Times of all providers in alternation: what else the machine does falls on each alike."""
-    decoders = {name: DECODERS[name](request, prompt_ids) for name in PROVIDERS}
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-    for measured in range(-1, ROUNDS):  # the first is a warm-up
-        for name, decode in decoders.items():
-            start = time.perf_counter()
-            decode()
-            if measured >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+def runs(request, heldout_ids) -> dict[str, list[Run]]:
+    """One run per prompt and provider, in alternation: what else the machine does slows each."""
+    runs: dict[str, list[Run]] = {name: [] for name in PROVIDERS}
+    for ids in [heldout_ids[0], *heldout_ids]:  # the first is a warm-up
+        for name in PROVIDERS:
+            runs[name].append(_timed(DECODERS[name](request, ids)))
+    return {name: measured[1:] for name, measured in runs.items()}
+
+
+def _timed(decode: Callable[[], Stats | None]) -> Run:
+    start = time.perf_counter()
+    stats = decode()
+    return Run(time.perf_counter() - start, stats)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def bench_generate(provider, request, benchmark, environment, prompt_ids, seconds):
-    decode = DECODERS[provider](request, prompt_ids)
-    tokens, acceptance_length = benchmark.pedantic(decode, rounds=1)
-    assert tokens == NEW_TOKENS
+def bench_generate(provider, request, benchmark, environment, heldout_ids, runs):
+    benchmark.pedantic(DECODERS[provider](request, heldout_ids[0]), rounds=1)
+    mine = runs[provider]
     benchmark.extra_info |= environment | {
-        "tokens": tokens,
-        "acceptance_length": acceptance_length,
-        "tokens_per_second": tokens / median(seconds[provider]),
+        "tokens": NEW_TOKENS,
+        "prompts": len(mine),
+        "acceptance_length": mean(run.acceptance_length for run in mine),
+        "tokens_per_second": NEW_TOKENS / median(run.seconds for run in mine),
     }
 
 
@@ -96,7 +117,7 @@ def _transformers(request, prompt_ids):
     model = request.getfixturevalue("theirs")
     ids = torch.tensor([prompt_ids], device=model.device)
 
-    def decode():
+    def decode() -> None:
         with torch.inference_mode():
             out = model.generate(
                 ids,
@@ -105,7 +126,7 @@ def _transformers(request, prompt_ids):
                 max_new_tokens=NEW_TOKENS,
                 min_new_tokens=NEW_TOKENS,
             )
-        return out.shape[1] - ids.shape[1], 1.0
+        assert out.shape[1] == ids.shape[1] + NEW_TOKENS
 
     return decode
 
@@ -114,9 +135,10 @@ def _ours(request, prompt_ids, with_draft: bool):
     target = request.getfixturevalue("target")
     draft = request.getfixturevalue("draft") if with_draft else None
 
-    def decode():
+    def decode() -> Stats:
         result = generate(target, prompt_ids, NEW_TOKENS, draft, eos_token_ids=())
-        return len(result.tokens), result.stats.acceptance_length
+        assert len(result.tokens) == NEW_TOKENS
+        return result.stats
 
     return decode
 
