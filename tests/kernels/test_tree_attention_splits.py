@@ -128,7 +128,7 @@ def test_pages_and_prefixes(page_size, prefix, device):
     _check(case, None, trees, num_splits=2)
 
 
-@pytest.mark.parametrize("splits", range(1, 9))
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 8])
 def test_splits_agree(splits, device):
     """4 to 5 tiles of keys and up to 8 shares: some stay empty, as in the short sequences."""
     trees = [TREES["k-ary"][:7], [], [-1], TREES["star"][:3]]
@@ -165,7 +165,7 @@ def test_long_chain_in_many_tiles(prefix, chunk_size, splits, device):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_chain_with_words_has_the_bits_of_a_causal_one(splits, device):
-    q, *caches, rows = _case([TREES["chain"]], [64], device)
+    q, *caches, rows = _case([TREES["chain"]], [64], device, heads=(1, 1))
     causal = replace(rows, ancestors_T=None)
     for chunk_size in (None, 70):
         with_words, without = (
@@ -253,7 +253,7 @@ def test_spoilt_value_reaches_only_who_sees_it(splits, poison, device):
     """Row 2 or a key of the old chunk is spoilt: rows beside and beyond must not notice."""
     tree = TREES["random"]
     for dtype in (torch.float32,) if splits == 1 else (torch.float16,):
-        case = _case([tree], [66], device, dtype=dtype)
+        case = _case([tree], [66], device, heads=(1, 1), dtype=dtype)
         q, k_cache, v_cache, rows = case
         # positions go from 66 to 70: the edge at 68 hides the prefix from rows of depth 2 and more
         clean = tree_attention(*case, 68, SCALE, num_splits=splits)
