@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from aerie.cli import app
-from aerie.eagle3.acceptance import Measured, measure, transcribe
+from aerie.eagle3.acceptance import FLOOR, Measured, measure, transcribe
 from aerie.eagle3.generate import Decoding
 from aerie.eagle3.probe import Candidate, Trial, compare, diagnose, probe
 from aerie.eagle3.reading import AS_WRITTEN, Reading
@@ -175,6 +175,29 @@ def test_acceptance_is_that_of_generation(target, tokenizer):
         root, first_round, *_ = run
         assert root == [text.ids[length]]
         assert measured.hits_NP[start].cumprod(0).sum() == len(first_round) - 1
+
+
+def test_log_probabilities_are_those_of_a_chain_by_itself(target, tokenizer):
+    """The second position behind each start, with a cache that holds nothing but its chain."""
+    draft = load_draft(DRAFT, target)
+    layers = draft.tap_layers(target)
+    text = transcribe(target, probe_prompts(None, True, tokenizer)[0], 20, set(layers))
+    measured = measure(draft, layers, [text], 2)
+    ids, known = torch.tensor(text.ids), draft.d2t + torch.arange(768)
+    taps = [text.taps[layer] for layer in layers]
+    assert len(measured.log_probs_NP) == 17
+    for start, log_prob in enumerate(measured.log_probs_NP[:, 1].tolist()):
+        row = text.prompt_length - 2 + start
+        cache = draft.allocate_cache(row + 2)
+        hidden = draft.combine_hidden_states([tap[: row + 1] for tap in taps])
+        first = draft(ids[1 : row + 2], hidden, cache.causal_step(row + 1))
+        cache.commit(0, range(row + 1))
+        step = cache.causal_step(1)
+        second = draft(ids[row + 2 : row + 3], first.next_hidden_TD[-1:], step)
+        scores = draft.compute_draft_logits(second.post_norm_TD)[0].log_softmax(-1)
+        (place,) = (known == ids[row + 3]).nonzero().flatten().tolist() or [None]
+        expected = FLOOR if place is None else max(float(scores[place]), FLOOR)
+        assert abs(log_prob - expected) < 1e-4
 
 
 def scored(log_probs: torch.Tensor) -> Measured:
