@@ -24,6 +24,7 @@ from aerie.llama4.json_fields import (
     integer,
     integers,
     number,
+    read_fields,
     read_json,
     strings,
 )
@@ -74,37 +75,52 @@ class Llama4Config:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> "Llama4Config":
-        """From the parsed JSON. Raises CheckpointError naming the key, its value and the rule."""
+        """From the parsed JSON. Raises CheckpointError: a line for each key that is wrong, with its
+        value and the rule."""
         values = _text_part(values)
-        num_layers = integer(values, "num_hidden_layers")
-        num_heads = integer(values, "num_attention_heads")
-        hidden_size = integer(values, "hidden_size")
-        no_rope = _no_rope_layers(values, num_layers)
-        config = cls(
-            vocab_size=integer(values, "vocab_size"),
-            hidden_size=hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=integer(values, "num_key_value_heads", num_heads),
-            head_dim=integer(values, "head_dim", hidden_size // num_heads),
-            intermediate_size=integer(values, "intermediate_size"),
-            intermediate_size_mlp=integer(values, "intermediate_size_mlp"),
-            num_local_experts=integer(values, "num_local_experts"),
-            num_experts_per_tok=integer(values, "num_experts_per_tok", 1),
-            moe_layers=_moe_layers(values, num_layers),
-            no_rope_layers=no_rope,
-            chunked_layers=_chunked_layers(values, no_rope),
-            attention_chunk_size=_chunk_size(values),
-            use_qk_norm=flag(values, "use_qk_norm", True),
-            temperature=read_temperature(values),
-            rope=read_rope(values, default_theta=500000.0),
-            max_position_embeddings=integer(values, "max_position_embeddings", least=2),
-            rms_norm_eps=number(values, "rms_norm_eps", 1e-5),
-            attention_bias=flag(values, "attention_bias", False),
-            tie_word_embeddings=flag(values, "tie_word_embeddings", False),
-            bos_token_id=next(iter(integers(values, "bos_token_id")), None),
-            eos_token_ids=integers(values, "eos_token_id"),
+
+        def num_layers() -> int:
+            return integer(values, "num_hidden_layers")
+
+        def num_heads() -> int:
+            return integer(values, "num_attention_heads")
+
+        def hidden_size() -> int:
+            return integer(values, "hidden_size")
+
+        def no_rope() -> tuple[int, ...]:
+            return _no_rope_layers(values, num_layers())
+
+        fields = read_fields(
+            {
+                "vocab_size": lambda: integer(values, "vocab_size"),
+                "hidden_size": hidden_size,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": num_heads,
+                "num_key_value_heads": lambda: integer(values, "num_key_value_heads", num_heads()),
+                "head_dim": lambda: integer(values, "head_dim", hidden_size() // num_heads()),
+                "intermediate_size": lambda: integer(values, "intermediate_size"),
+                "intermediate_size_mlp": lambda: integer(values, "intermediate_size_mlp"),
+                "num_local_experts": lambda: integer(values, "num_local_experts"),
+                "num_experts_per_tok": lambda: integer(values, "num_experts_per_tok", 1),
+                "moe_layers": lambda: _moe_layers(values, num_layers()),
+                "no_rope_layers": no_rope,
+                "chunked_layers": lambda: _chunked_layers(values, no_rope()),
+                "attention_chunk_size": lambda: _chunk_size(values),
+                "use_qk_norm": lambda: flag(values, "use_qk_norm", True),
+                "temperature": lambda: read_temperature(values),
+                "rope": lambda: read_rope(values, default_theta=500000.0),
+                "max_position_embeddings": lambda: integer(
+                    values, "max_position_embeddings", least=2
+                ),
+                "rms_norm_eps": lambda: number(values, "rms_norm_eps", 1e-5),
+                "attention_bias": lambda: flag(values, "attention_bias", False),
+                "tie_word_embeddings": lambda: flag(values, "tie_word_embeddings", False),
+                "bos_token_id": lambda: next(iter(integers(values, "bos_token_id")), None),
+                "eos_token_ids": lambda: integers(values, "eos_token_id"),
+            }
         )
+        config = cls(**fields)
         config._check()
         return config
 

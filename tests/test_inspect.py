@@ -138,3 +138,10 @@ def test_code_in_a_checkpoint_is_data(broken, tmp_path):
     assert "present and ignored" in found["facts"]["auto_map"]
     assert found["problems"] == []
     assert not (tmp_path / "ran").exists()
+
+
+def test_every_wrong_key_of_a_target(broken):
+    changes = {"hidden_size": 0, "rms_norm_eps": "x", "moe_layers": [99], "floor_scale": -1}
+    problems = printed(broken(TARGET, changes))["problems"]
+    for key in changes:
+        assert any(f"'{key}'" in problem for problem in problems), key
