@@ -2,28 +2,40 @@
 
 The interpreter knows neither types that do not lower, nor layouts, nor memory limits, nor which
 instructions a launch rule ends in. `tests/aot/` compiles and reads; the rules and the exceptions
-that today's kernels need are in `tests/aot/rules.py`.
+that today's kernels need are in `tests/aot/rules.py`. What was compiled before and is unchanged is
+read from `bench/results/aot.json`, but for a sample of the day (`tests/aot/record.py`);
+`python -m tests.aot --check` compiles everything.
 """
 
+import json
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import triton
 
+from tests.aot import record
 from tests.aot.calls import CALLS
 from tests.aot.machine_code import Facts, narrow_offsets, read_amdgcn, read_sass
+from tests.aot.proof import Row, proven
+from tests.aot.record import DAYS, Record, differences, is_due
 from tests.aot.rules import COMPILER_RULES, EXCEPTED, RULES, TARGETS, broken_rules
-from tests.aot.table import TABLE, compiled, labels, recorded_version, rendered
+from tests.aot.table import TABLE, labels, recorded_version, rendered
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 STEMS = sorted(p.stem for p in KERNELS.glob("*.py") if "@torch.library" in p.read_text())
 PROOF = 1200  # seconds that a loaded machine may take for all compilations
+STALE = "stale: run `python -m tests.aot --update`"
+OTHER_VERSION = (
+    f"the record is not of Triton {triton.__version__}: a sample was compiled and held against the "
+    "rules that no compiler changes; `python -m tests.aot --check` compiles everything"
+)
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return compiled()
+    return proven("due")
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -33,7 +45,7 @@ def test_every_op_has_representative_calls(stem):
 
 @pytest.mark.timeout(PROOF)
 def test_every_kernel_is_compiled(rows):
-    names = {row["kernel"] for row in rows}
+    names = {row.kernel for row in rows}
     sources = "\n".join(path.read_text() for path in KERNELS.glob("*.py"))
     launched = {
         line.split("def ")[1].split("(")[0]
@@ -41,53 +53,71 @@ def test_every_kernel_is_compiled(rows):
         if line.startswith("def _") and "_kernel(" in line
     }
     assert names == launched
-    assert {row["target"] for row in rows} == set(TARGETS)
-
-
-@pytest.fixture(scope="module")
-def rules():
-    """The rules that hold for any compiler; all of them under the version the table records."""
-    is_recorded = recorded_version(TABLE.read_text()) == triton.__version__
-    return set(RULES) if is_recorded else set(RULES) - COMPILER_RULES
+    assert {row.target for row in rows} == set(TARGETS)
 
 
 @pytest.mark.timeout(PROOF)
-def test_only_named_exceptions_break_a_rule(rows, rules):
-    unnamed = []
-    for row in rows:
-        for rule in rules.intersection(row["broken"]):
-            case = (row["kernel"], rule, row["target"], row["kind"])
-            if not any(exception.covers(*case) for exception in EXCEPTED):
-                unnamed.append((*case, row["rows"], row["matrix"], row["narrow_offsets"]))
+def test_only_named_exceptions_break_a_rule(rows):
+    """All rules under the record's version; under another, those that hold for any compiler."""
+    rules = set(RULES) if Record.read().is_current else set(RULES) - COMPILER_RULES
+    unnamed = [
+        (row.kernel, rule, row.target, row.kind, row.rows, row.facts)
+        for row in rows
+        for rule in rules.intersection(row.unnamed)
+    ]
     assert unnamed == []
 
 
 @pytest.mark.timeout(PROOF)
 @pytest.mark.parametrize("exception", EXCEPTED, ids=lambda e: f"{e.kernel}-{e.rule}-{e.target}")
-def test_every_exception_is_still_needed(exception, rows, rules):
+def test_every_exception_is_still_needed(exception, rows):
     assert exception.rule in RULES
-    if exception.rule not in rules:
-        pytest.skip(f"Triton {triton.__version__} is not the version that the exceptions are of")
+    if not Record.read().is_current:
+        pytest.skip(OTHER_VERSION)
     broken = [
         row
         for row in rows
-        for rule in row["broken"]
-        if exception.covers(row["kernel"], rule, row["target"], row["kind"])
+        for rule in row.broken
+        if exception.covers(row.kernel, rule, row.target, row.kind)
     ]
     assert broken, f"nothing needs {exception} any more: remove it"
 
 
 @pytest.mark.timeout(PROOF)
+def test_the_record_is_current_and_what_a_compilation_gives(rows):
+    if not Record.read().is_current:
+        pytest.skip(OTHER_VERSION)
+    assert differences(rows) == [], STALE
+
+
+@pytest.mark.timeout(PROOF)
 def test_the_table_is_current(rows):
     recorded, current = TABLE.read_text(), rendered(rows)
-    hint = "stale: run `python -m tests.aot --write`"
-    assert labels(recorded) == labels(current), hint
-    if recorded_version(recorded) != triton.__version__:
-        pytest.skip(
-            f"cells were written under Triton {recorded_version(recorded)}, this is "
-            f"{triton.__version__}: only kernels, dtypes and rows are compared"
-        )
-    assert recorded == current, hint
+    assert labels(recorded) == labels(current), STALE
+    if not Record.read().is_current:
+        pytest.skip(OTHER_VERSION)
+    assert recorded_version(recorded) == triton.__version__
+    assert recorded == current, STALE
+
+
+def test_every_variant_is_compiled_once_in_sixteen_days():
+    for fingerprint in ("0" * 32, "f" * 32, "0123456789abcdef" * 2):
+        assert sum(is_due(fingerprint, day) for day in range(739000, 739000 + DAYS)) == 1
+
+
+def test_a_false_or_missing_or_needless_record_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORD", tmp_path / "aot.json")
+    sound = asdict(facts())
+    row = Row("_x_kernel", "bf16", [1], "sm_90", "0a", sound, sound)
+    Record.of([row]).write()
+    assert Record.read() == Record.of([row])
+    assert differences([row]) == []
+    assert "not recorded" in differences([replace(row, recorded=None)])[0]
+    assert "'spills': 1" in differences([replace(row, facts=sound | {"spills": 1})])[0]
+    assert differences([]) == ["sm_90 0a: no launch asks for it"]
+    content = json.loads(record.RECORD.read_text()) | {"triton": "0"}
+    record.RECORD.write_text(json.dumps(content))
+    assert not Record.read().is_current
 
 
 def facts(**changed):

@@ -40,18 +40,16 @@ DTYPES = {
     "fp32": torch.float32,
     "fp8": torch.bfloat16,
 }
-SIZES = (1, 5, 16, 64, 4096)  # classes of T: a token, a small tree, larger ones, a prompt
+# classes of T: a token, trees, short prompts whose depth is split, a prompt
+SIZES = (1, 5, 8, 16, 24, 32, 64, 96, 256, 4096)
+BETWEEN = (6, 12, 20, 48, 100, 200, 1000)  # must launch nothing that the classes do not
 H, G, K, D, F, E, V, U = 40, 8, 128, 5120, 8192, 16, 202048, 32000
 EPS = 1e-5
 
 
-def kinds(target: str) -> dict[str, tuple[int, ...]]:
-    """Size classes by dtype. sm_90 gets all; float16 takes the tiles of bfloat16, and float32 is no
-    served dtype, so the other targets leave them out. sm_80 has no FP8."""
-    served: dict[str, tuple[int, ...]] = {"bf16": SIZES}
-    if target != "sm_80":
-        served["fp8"] = SIZES
-    return served | {"fp16": (16,), "fp32": (16, 64)} if target == "sm_90" else served
+def kinds(target: str) -> list[str]:
+    """sm_80 has no FP8."""
+    return [kind for kind in DTYPES if kind != "fp8" or target != "sm_80"]
 
 
 CALLS: dict[str, Callable[[int, str], None]] = {}
@@ -134,7 +132,7 @@ def draft_logits(rows: int, kind: str) -> None:
 def draft_vocab(rows: int, kind: str) -> None:
     hidden, head, d2t = floats(kind, rows, D), weight(kind, U, D), integers(U)
     norm = _draft_logits.FinalNorm(floats(kind, D), EPS)
-    for k in (1, 8) if rows < 64 else (16,):
+    for k in (1, 8, 16) if rows == 64 else (1, 8):
         _draft_vocab.draft_vocab(hidden, head, d2t, k, norm=norm, scale_U=scale(kind, U))
 
 

@@ -4,19 +4,23 @@ The public ops run on CPU tensors with the launch itself replaced, so every cons
 argument type and alignment is what the launch rules of the package really choose.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 KERNELS = Path(__file__).parents[2] / "kernels"
+READER = hashlib.sha256(Path(__file__).with_name("machine_code.py").read_bytes()).hexdigest()
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -43,6 +47,17 @@ class Variant:
 
     def compile(self, target: GPUTarget) -> CompiledKernel:
         return triton.compile(self.source, target=target, options=self.options)
+
+    def fingerprint(self, target: GPUTarget) -> str:
+        """Of all that decides the machine code, and of how it is read (`record`)."""
+        backend, context = make_backend(target), ir.context()
+        options = backend.parse_options(dict(self.options))
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+        module = self.source.make_ir(target, options, functions, modules, context)
+        parts = (module.str_nodebug(), options.hash(), target, triton.__version__, READER)
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 def argument_type(value: object) -> str:
@@ -107,15 +122,27 @@ def recorded(found: dict[tuple, Variant], kind: str, rows: int) -> Iterator[None
 
 
 def variants(
-    calls: dict[str, Callable], kinds: dict[str, tuple[int, ...]], only: str | None = None
+    calls: dict[str, Callable],
+    kinds: Sequence[str],
+    sizes: Sequence[int],
+    between: Sequence[int],
+    only: str = "",
 ) -> list[Variant]:
-    """Every distinct variant that the calls of all ops launch, by kind and size class."""
+    """Every distinct variant that the calls of all ops launch, by kind and size class.
+
+    Fails where one of the numbers of rows `between` those classes launches something else.
+    """
     found: dict[tuple, Variant] = {}
-    for name, call in calls.items():
-        for kind, sizes in kinds.items():
-            if only is not None and only not in name:
-                continue
-            for rows in sizes:
-                with recorded(found, kind, rows):
-                    call(rows, kind)
+    for name, kind in product(calls, kinds):
+        if only not in name:
+            continue
+        for rows in sizes:
+            with recorded(found, kind, rows):
+                calls[name](rows, kind)
+        others: dict[tuple, Variant] = {}
+        for rows in between:
+            with recorded(others, kind, rows):
+                calls[name](rows, kind)
+        new = [f"{v.kernel} {kind} {v.rows}" for key, v in others.items() if key not in found]
+        assert not new, f"no class of tests/aot/calls.py has {new}: add one to SIZES"
     return list(found.values())

@@ -3,14 +3,19 @@
 import re
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from struct import unpack_from
 
 import triton
 from triton.compiler import CompiledKernel
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NVIDIA_ARCHITECTURES = {80: "SM80", 90: "SM90a", 100: "SM100a"}  # as the disassembler names them
 MATRIX = ("HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "QMMA", "DMMA", "MFMA")
 
 
@@ -30,33 +35,72 @@ class Facts:
     narrow_offsets: list[str]  # products of an index and a stride in 32 bits
 
 
-def facts_of(compiled: CompiledKernel) -> Facts:
-    ttir = compiled.asm["ttir"]
-    if "cubin" in compiled.asm:
-        code = read_sass(disassembled(compiled.asm["cubin"]))
+def facts_of(kernels: Sequence[CompiledKernel]) -> list[Facts]:
+    """The facts of kernels that are compiled for one target."""
+    if not kernels:
+        return []
+    if "cubin" in kernels[0].asm:
+        arch = NVIDIA_ARCHITECTURES[kernels[0].metadata.target.arch]
+        code = map(read_sass, disassembled([kernel.asm["cubin"] for kernel in kernels], arch))
     else:
-        code = read_amdgcn(compiled.asm["amdgcn"])
+        code = (read_amdgcn(kernel.asm["amdgcn"]) for kernel in kernels)
+    return [_facts(read, kernel) for read, kernel in zip(code, kernels, strict=True)]
+
+
+def _facts(code: dict, kernel: CompiledKernel) -> Facts:
+    ttir = kernel.asm["ttir"]
     return Facts(
         **code,
-        shared=compiled.metadata.shared,
+        shared=kernel.metadata.shared,
         dot_types=sorted(set(re.findall(r"tt\.dot .*?: tensor<\d+x\d+x(\w+)>", ttir))),
         narrow_offsets=narrow_offsets(ttir),
     )
 
 
-def disassembled(cubin: bytes) -> str:
+def disassembled(cubins: Sequence[bytes], arch: str) -> list[str]:
+    """Resource usage and SASS of every cubin.
+
+    The disassembler takes longer to start than to read a kernel, so the code of all is joined.
+    """
+    codes = [_text_section(cubin) for cubin in cubins]
+    ends = list(accumulate(map(len, codes)))
+    sass = _shown("nvdisasm", b"".join(codes), "--binary", arch)
+    parts = [_shown("cuobjdump", cubin, "-res-usage").splitlines() for cubin in cubins]
+    for line in sass.splitlines():
+        if match := re.match(r"\s*/\*([0-9a-f]{4,})\*/", line):
+            parts[bisect_right(ends, int(match[1], 16))].append(line)
+    return ["\n".join(lines) for lines in parts]
+
+
+def _shown(tool: str, content: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(content)
         file.flush()
-        command = [NVIDIA_TOOLS / "cuobjdump", "-sass", "-res-usage", file.name]
+        command = [NVIDIA_TOOLS / tool, *options, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _text_section(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a cubin, a 64-bit ELF file."""
+    (table,) = unpack_from("<Q", cubin, 0x28)
+    size, count, names = unpack_from("<HHH", cubin, 0x3A)
+    # of every section: its name, type, flags, address, offset and size
+    sections = [unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    name_at = sections[names][4]
+    texts = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin[name_at + name :].startswith(b".text.")
+    ]
+    assert len(texts) == 1, f"{len(texts)} functions in a cubin"
+    return texts[0]
 
 
 def read_sass(text: str) -> dict:
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
     usage = re.search(r"REG:(\d+)", text)
-    assert usage is not None, "cuobjdump shows no resource usage"
-    assert code, "cuobjdump shows no instructions"
+    assert usage is not None, "no resource usage is shown"
+    assert code, "no instructions are shown"
     loads = [c for c in code if re.match(r"LDG\b|LDGSTS|UTMALDG|UBLKCP", c)]
     copies = [_sass_bytes(c) for c in loads if not c.startswith("LDG.")]
     return {
