@@ -30,9 +30,11 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_mode,
     scale_stride,
     split_scratch,
     stream_config,
+    streamed,
 )
 from aerie.kernels.weight_stream import JOINT_NORM, NO_NORM, SEGMENT_NORM
 
@@ -110,6 +112,7 @@ def _aux_projection_op(
     config = _launch_config(
         rows, features, width, len(taps), x.itemsize, weight.itemsize, bool(residuals or gains)
     )
+    weight = streamed(weight, width)
     splits = config.PARTS * len(taps) if config.SPLIT else 1
     grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), splits)
     if out_TF.numel() == 0:
@@ -136,7 +139,7 @@ def _aux_projection_op(
         NUM_TAPS=len(taps),
         NORM=norm,
         HAS_RESIDUAL=len(residuals) > 0,
-        HAS_SCALE=scale is not None,
+        SCALE=scale_mode(scale),
         HAS_BIAS=bias is not None,
         PARTS=config.PARTS,
         SPLIT=config.SPLIT,
@@ -179,9 +182,9 @@ def aux_projection(
     """Projection of the concatenated `taps` (each [T, D]); `weight_FI` is [F, I*D]; returns [T, F].
 
     `residuals`, one per tap, are added first. An FP8 weight (float8_e4m3fn) comes with `scale_F`,
-    float32 [F] or [1]. Taps that share a row stride, as slices of one capture buffer do, are read
-    in place; others are copied. Raises ValueError on a shape, dtype, device or layout the kernel
-    would read wrongly.
+    float32 [F], [1] or, for blocks of 128 x 128, [ceil(F / 128), I * D / 128]. Taps that share a
+    row stride, as slices of one capture buffer do, are read in place; others are copied. Raises
+    ValueError on a shape, dtype, device or layout the kernel would read wrongly.
     """
     if not 1 <= len(taps) <= MAX_TAPS:
         raise ValueError(f"taps: must be 1 to {MAX_TAPS} tensors, got {len(taps)}")
@@ -192,7 +195,7 @@ def aux_projection(
             raise ValueError(f"residuals: must be {len(taps)} as the taps, got {len(residuals)}")
         check_segments("residuals", residuals, first)
     columns = len(taps) * first.shape[1]
-    check_weight("weight_FI", weight_FI, columns, first, scale_F, "scale_F")
+    check_weight("weight_FI", weight_FI, columns, first, scale_F, "scale_F", len(taps))
     check_vector("bias", bias, weight_FI.shape[0], first)
     gains = _checked_gains(norm, taps)
     mode = JOINT_NORM if isinstance(norm, JointNorm) else SEGMENT_NORM if norm else NO_NORM

@@ -6,11 +6,14 @@ import triton.language as tl
 from aerie.kernels.weight_stream import (
     JOINT_NORM,
     NO_NORM,
+    SCALE_BLOCK,
     SEGMENT_NORM,
+    block_row_ptr,
     gather_splits,
     reciprocal_rms,
     scaled_and_biased,
     steps_of_part,
+    stored_columns,
     stream_rows,
 )
 
@@ -52,7 +55,7 @@ def _aux_projection_kernel(
     gain6_ptr,
     gain7_ptr,
     weight_ptr,  # [F, I * D]
-    scale_ptr,  # [F] or [1], read if HAS_SCALE
+    scale_ptr,  # [F], [1] or [F / 128, I * D / 128], read if SCALE
     bias_ptr,  # [F], read if HAS_BIAS
     out_ptr,  # [T, F]
     partials_ptr,  # as in `gather_splits`
@@ -68,7 +71,7 @@ def _aux_projection_kernel(
     NUM_TAPS: tl.constexpr,
     NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -85,6 +88,8 @@ def _aux_projection_kernel(
     first, last = steps_of_part(tl.program_id(2) % PARTS, D, PARTS, BLOCK_D)
     total = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
+    scale_row_ptr = block_row_ptr(scale_ptr, f, stride_sf)
+    columns = stored_columns(weight_ptr, D)
     for tap in range(first_tap, last_tap):
         x_ptr = _of_eight(
             tap, tap0_ptr, tap1_ptr, tap2_ptr, tap3_ptr, tap4_ptr, tap5_ptr, tap6_ptr, tap7_ptr
@@ -97,15 +102,21 @@ def _aux_projection_kernel(
             tap, gain0_ptr, gain1_ptr, gain2_ptr, gain3_ptr,
             gain4_ptr, gain5_ptr, gain6_ptr, gain7_ptr,
         )  # fmt: skip
+        # the RMS of a tap multiplies its own sum; without one, one sum is enough
+        own_sum: tl.constexpr = NORM == SEGMENT_NORM and not SPLIT
+        tap_total = tl.zeros_like(total) if own_sum else total
+        tap_squares = tl.zeros_like(squares) if own_sum else squares
         tap_total, tap_squares = stream_rows(
-            weight_row_ptr + tap * D, x_ptr + t * stride_xt, residual_ptr + t * stride_rt, gain_ptr,
-            in_features, in_rows, first, last, D, HAS_RESIDUAL, NORM != NO_NORM,
+            tap_total, tap_squares, weight_row_ptr + tap * columns,
+            scale_row_ptr + tap * (D // SCALE_BLOCK), x_ptr + t * stride_xt,
+            residual_ptr + t * stride_rt, gain_ptr, in_features, in_rows, first, last, D,
+            HAS_RESIDUAL, NORM != NO_NORM, SCALE,
             BLOCK_F, BLOCK_T, BLOCK_D,
         )  # fmt: skip
-        if NORM == SEGMENT_NORM and not SPLIT:
-            tap_total *= reciprocal_rms(tap_squares, D, eps)[None, :]
-        total += tap_total
-        squares += tap_squares
+        if own_sum:
+            total += tap_total * reciprocal_rms(tap_squares, D, eps)[None, :]
+        else:
+            total, squares = tap_total, tap_squares
     if SPLIT:
         total, squares, is_last = gather_splits(
             total, squares, partials_ptr, arrivals_ptr, D, eps, NORM, NUM_TAPS, PARTS,
@@ -115,6 +126,6 @@ def _aux_projection_kernel(
     if NORM == JOINT_NORM:
         total *= reciprocal_rms(squares, NUM_TAPS * D, eps)[None, :]
     total = scaled_and_biased(
-        total, scale_ptr, bias_ptr, f, in_features, stride_sf, HAS_SCALE, HAS_BIAS
+        total, scale_ptr, bias_ptr, f, in_features, stride_sf, SCALE, HAS_BIAS
     )
     tl.store(out_ptr + t * F + f, total, mask=in_features & in_rows)

@@ -25,10 +25,17 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_mode,
     scale_stride,
     stream_config,
+    streamed,
 )
-from aerie.kernels.weight_stream import reciprocal_rms, scaled_and_biased, stream_rows
+from aerie.kernels.weight_stream import (
+    block_row_ptr,
+    reciprocal_rms,
+    scaled_and_biased,
+    stream_rows,
+)
 
 NO = tl.constexpr(False)
 
@@ -60,7 +67,7 @@ def logits_tile(
     hidden_ptr,  # [T, D]
     head_ptr,  # [U, D]
     gain_ptr,  # [D], read if HAS_NORM
-    scale_ptr,  # [U] or [1] by its stride, read if HAS_SCALE
+    scale_ptr,  # [U], [1] or [U / 128, D / 128], read if SCALE
     stride_ht,
     stride_wu,
     stride_su,
@@ -72,7 +79,7 @@ def logits_tile(
     eps,
     logit_scale,
     HAS_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -80,15 +87,15 @@ def logits_tile(
     """Logits [BLOCK_U, BLOCK_T] in float32, rounded to the dtype of hidden as the formula says."""
     dtype = hidden_ptr.dtype.element_ty
     head_row_ptr, hidden_row_ptr = head_ptr + u.to(tl.int64) * stride_wu, hidden_ptr + t * stride_ht
+    total, squares = tl.zeros([BLOCK_U, BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
     total, squares = stream_rows(
-        head_row_ptr, hidden_row_ptr, hidden_row_ptr, gain_ptr, u < U, t < T,
-        0, tl.cdiv(D, BLOCK_D), D, NO, HAS_NORM, BLOCK_U, BLOCK_T, BLOCK_D,
+        total, squares, head_row_ptr, block_row_ptr(scale_ptr, u, stride_su), hidden_row_ptr,
+        hidden_row_ptr, gain_ptr, u < U, t < T, 0, tl.cdiv(D, BLOCK_D), D,
+        NO, HAS_NORM, SCALE, BLOCK_U, BLOCK_T, BLOCK_D,
     )  # fmt: skip
     if HAS_NORM:
         total *= reciprocal_rms(squares, D, eps)[None, :]
-    total = scaled_and_biased(
-        total, scale_ptr, scale_ptr, u.to(tl.int64), u < U, stride_su, HAS_SCALE, NO
-    )
+    total = scaled_and_biased(total, scale_ptr, scale_ptr, u, u < U, stride_su, SCALE, NO)
     return (total.to(dtype).to(tl.float32) * logit_scale).to(dtype).to(tl.float32)
 
 
@@ -97,7 +104,7 @@ def _draft_logits_kernel(
     hidden_ptr,  # [T, D]
     head_ptr,  # [U, D]
     gain_ptr,  # [D], read if HAS_NORM
-    scale_ptr,  # [U] or [1], read if HAS_SCALE
+    scale_ptr,  # [U], [1] or [U / 128, D / 128], read if SCALE
     logits_ptr,  # [T, U]
     stride_ht,
     stride_wu,
@@ -108,7 +115,7 @@ def _draft_logits_kernel(
     eps,
     logit_scale,
     HAS_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,7 +124,7 @@ def _draft_logits_kernel(
     u = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)[:, None]
     logits = logits_tile(
         hidden_ptr, head_ptr, gain_ptr, scale_ptr, stride_ht, stride_wu, stride_su,
-        t, u, T, D, U, eps, logit_scale, HAS_NORM, HAS_SCALE, BLOCK_U, BLOCK_T, BLOCK_D,
+        t, u, T, D, U, eps, logit_scale, HAS_NORM, SCALE, BLOCK_U, BLOCK_T, BLOCK_D,
     )  # fmt: skip
     tl.store(logits_ptr + t * U + u, logits, mask=(t < T) & (u < U))
 
@@ -150,7 +157,8 @@ def _draft_logits_op(
     logits_TU = hidden.new_empty(rows, vocabulary)
     if logits_TU.numel() == 0:
         return logits_TU
-    config = _launch_config(rows, vocabulary, hidden.element_size(), head.element_size())
+    head, head_itemsize = streamed(head, width), head.itemsize
+    config = _launch_config(rows, vocabulary, hidden.itemsize, head_itemsize)
     _draft_logits_kernel[
         (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(vocabulary, config.BLOCK_F))
     ](
@@ -168,7 +176,7 @@ def _draft_logits_op(
         eps,
         logit_scale,
         HAS_NORM=gain is not None,
-        HAS_SCALE=scale is not None,
+        SCALE=scale_mode(scale),
         BLOCK_U=config.BLOCK_F,
         BLOCK_T=config.BLOCK_T,
         BLOCK_D=config.BLOCK_D,
@@ -211,7 +219,8 @@ def draft_logits(
 ) -> Tensor:
     """All logits [T, U] of the draft head, in the dtype of `hidden_TD`.
 
-    `scale_U` (float32, [U] or [1]) comes with an FP8 head and only then. Raises ValueError on a
+    `scale_U` (float32, [U], [1] or [ceil(U / 128), ceil(D / 128)]) comes with an FP8 head and only
+    then. Raises ValueError on a
     shape, dtype, device or layout the kernel would read wrongly.
     """
     check_head(hidden_TD, head_UD, norm, scale_U)

@@ -29,7 +29,13 @@ from aerie.kernels.draft_logits import (
     logits_tile,
 )
 from aerie.kernels.draft_vocab_merge import NO_KEY, key_logit, merge_tiles, sort_key
-from aerie.kernels.stream_launch import LaunchConfig, check_vector, scale_stride
+from aerie.kernels.stream_launch import (
+    LaunchConfig,
+    check_vector,
+    scale_mode,
+    scale_stride,
+    streamed,
+)
 
 MAX_K = 16
 
@@ -73,7 +79,7 @@ def _draft_vocab_kernel(
     hidden_ptr,  # [T, D]
     head_ptr,  # [U, D]
     gain_ptr,  # [D], read if HAS_NORM
-    scale_ptr,  # [U] or [1], read if HAS_SCALE
+    scale_ptr,  # [U], [1] or [U / 128, D / 128], read if SCALE
     keys_ptr,  # [T, A, tiles], the best of every tile
     sums_ptr,  # [T, tiles], of exp(logit - maximum of the tile)
     stride_ht,
@@ -86,7 +92,7 @@ def _draft_vocab_kernel(
     logit_scale,
     A: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -96,7 +102,7 @@ def _draft_vocab_kernel(
     u = tile * BLOCK_U + tl.arange(0, BLOCK_U)[:, None]
     logits = logits_tile(
         hidden_ptr, head_ptr, gain_ptr, scale_ptr, stride_ht, stride_wu, stride_su,
-        t, u, T, D, U, eps, logit_scale, HAS_NORM, HAS_SCALE, BLOCK_U, BLOCK_T, BLOCK_D,
+        t, u, T, D, U, eps, logit_scale, HAS_NORM, SCALE, BLOCK_U, BLOCK_T, BLOCK_D,
     )  # fmt: skip
     keys = tl.where(u < U, sort_key(logits, u), NO_KEY)
     best = tl.max(keys, axis=0, keep_dims=True)
@@ -135,7 +141,8 @@ def _draft_vocab_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_launchable(hidden)
     (rows, width), vocabulary = hidden.shape, head.shape[0]
-    config = _launch_config(rows, vocabulary, hidden.element_size(), head.element_size())
+    head, head_itemsize = streamed(head, width), head.itemsize
+    config = _launch_config(rows, vocabulary, hidden.itemsize, head_itemsize)
     num_tiles = triton.cdiv(vocabulary, config.BLOCK_F)
     keys = hidden.new_empty((rows, k, num_tiles), dtype=torch.int64)
     sums = hidden.new_empty((rows, num_tiles), dtype=torch.float32)
@@ -159,7 +166,7 @@ def _draft_vocab_op(
         logit_scale,
         A=k,
         HAS_NORM=gain is not None,
-        HAS_SCALE=scale is not None,
+        SCALE=scale_mode(scale),
         BLOCK_U=config.BLOCK_F,
         BLOCK_T=config.BLOCK_T,
         BLOCK_D=config.BLOCK_D,
@@ -204,7 +211,8 @@ def draft_vocab(
 ) -> DraftTokens:
     """The `k` likeliest draft tokens of every row, as target ids, with their log-probabilities.
 
-    `scale_U` (float32, [U] or [1]) comes with an FP8 head and only then. Raises ValueError on a
+    `scale_U` (float32, [U], [1] or [ceil(U / 128), ceil(D / 128)]) comes with an FP8 head and only
+    then. Raises ValueError on a
     shape, dtype, device or layout the kernels would read wrongly.
     """
     check_head(hidden_TD, head_UD, norm, scale_U)

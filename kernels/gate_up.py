@@ -21,15 +21,18 @@ from aerie.kernels.stream_launch import (
     check_rows,
     check_weight,
     projected,
+    scale_mode,
     scale_stride,
     split_scratch,
     stream_config,
+    streamed,
 )
 from aerie.kernels.swiglu import swiglu_ref
 from aerie.kernels.weight_stream import (
     NO_NORM,
     OFF,
     ONE,
+    block_row_ptr,
     gather_splits,
     scaled_and_biased,
     steps_of_part,
@@ -47,7 +50,7 @@ def gate_up_ref(x_TD: Tensor, weight_F2D: Tensor, *, scale: Tensor | None = None
 def _gate_up_kernel(
     x_ptr,  # [T, D]
     weight_ptr,  # [2 * F, D]
-    scale_ptr,  # [2 * F] or [1], read if HAS_SCALE
+    scale_ptr,  # [2 * F], [1] or [2 * F / 128, D / 128], read if SCALE
     y_ptr,  # [T, F]
     partials_ptr,  # as in `gather_splits`
     arrivals_ptr,  # [tiles]
@@ -57,7 +60,7 @@ def _gate_up_kernel(
     T,
     D,
     F,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -68,14 +71,16 @@ def _gate_up_kernel(
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[None, :].to(tl.int64)
     tile_row = tl.arange(0, BLOCK_F)[:, None]
     column = tl.program_id(1) * HALF + tile_row // 2
-    weight_row = column + tile_row % 2 * F  # gate, up, gate, up, ...
+    weight_row = column + (tile_row % 2).to(tl.int64) * F  # gate, up, gate, up, ...
     in_features, in_rows = column < F, t < T
     x_row_ptr = x_ptr + t * stride_xt
-    weight_row_ptr = weight_ptr + weight_row.to(tl.int64) * stride_wf
+    weight_row_ptr = weight_ptr + weight_row * stride_wf
     first, last = steps_of_part(tl.program_id(2), D, PARTS, BLOCK_D)
+    total, squares = tl.zeros([BLOCK_F, BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
     total, squares = stream_rows(
-        weight_row_ptr, x_row_ptr, x_row_ptr, x_ptr, in_features, in_rows, first, last, D,
-        OFF, OFF, BLOCK_F, BLOCK_T, BLOCK_D,
+        total, squares, weight_row_ptr, block_row_ptr(scale_ptr, weight_row, stride_sf),
+        x_row_ptr, x_row_ptr, x_ptr, in_features, in_rows, first, last, D,
+        OFF, OFF, SCALE, BLOCK_F, BLOCK_T, BLOCK_D,
     )  # fmt: skip
     if PARTS > 1:
         total, squares, is_last = gather_splits(
@@ -93,7 +98,7 @@ def _gate_up_kernel(
         )
         in_rows = t < tl.where(is_last, T, 0)
     total = scaled_and_biased(
-        total, scale_ptr, scale_ptr, weight_row, in_features, stride_sf, HAS_SCALE, OFF
+        total, scale_ptr, scale_ptr, weight_row, in_features, stride_sf, SCALE, OFF
     )
     pairs = tl.permute(tl.reshape(total, [HALF, 2, BLOCK_T]), (0, 2, 1))
     gate, up = tl.split(pairs)
@@ -117,6 +122,7 @@ def _gate_up_op(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     (rows, depth), width = x.shape, weight.shape[0] // 2
     y_TF = x.new_empty(rows, width)
     config = _launch_config(rows, width, depth, x.itemsize, weight.itemsize)
+    weight = streamed(weight, depth)
     tiles = triton.cdiv(width, config.BLOCK_F // 2)
     grid = (triton.cdiv(rows, config.BLOCK_T), tiles, config.PARTS)
     if y_TF.numel() > 0:
@@ -134,7 +140,7 @@ def _gate_up_op(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
             rows,
             depth,
             width,
-            HAS_SCALE=scale is not None,
+            SCALE=scale_mode(scale),
             PARTS=config.PARTS,
             BLOCK_F=config.BLOCK_F,
             BLOCK_T=config.BLOCK_T,
@@ -154,8 +160,8 @@ def gate_up(x_TD: Tensor, weight_F2D: Tensor, *, scale: Tensor | None = None) ->
     """`silu(x_TD @ Wg^T) * (x_TD @ Wu^T)`; returns [T, F] in the dtype of `x_TD`.
 
     `weight_F2D` is [2 * F, D], gate rows first; FP8 (float8_e4m3fn) comes with `scale`, float32
-    [2 * F] or [1]. Raises ValueError on a shape, dtype, device or layout the kernel would read
-    wrongly.
+    [2 * F], [1] or, for blocks of 128 x 128, [ceil(2 * F / 128), ceil(D / 128)]. Raises ValueError
+    on a shape, dtype, device or layout the kernel would read wrongly.
     """
     check_rows("x_TD", x_TD)
     check_weight("weight_F2D", weight_F2D, x_TD.shape[1], x_TD, scale, "scale")

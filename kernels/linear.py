@@ -20,14 +20,17 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_mode,
     scale_stride,
     split_scratch,
     stream_config,
+    streamed,
 )
 from aerie.kernels.weight_stream import (
     NO_NORM,
     OFF,
     ONE,
+    block_row_ptr,
     gather_splits,
     scaled_and_biased,
     steps_of_part,
@@ -46,7 +49,7 @@ def linear_ref(
 def _linear_kernel(
     x_ptr,  # [T, D]
     weight_ptr,  # [F, D]
-    scale_ptr,  # [F] or [1], read if HAS_SCALE
+    scale_ptr,  # [F], [1] or [F / 128, columns / 128], read if SCALE
     bias_ptr,  # [F], read if HAS_BIAS
     y_ptr,  # [T, F]
     partials_ptr,  # as in `gather_splits`
@@ -57,7 +60,7 @@ def _linear_kernel(
     T,
     D,
     F,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -70,9 +73,11 @@ def _linear_kernel(
     x_row_ptr = x_ptr + t * stride_xt
     weight_row_ptr = weight_ptr + f.to(tl.int64) * stride_wf
     first, last = steps_of_part(tl.program_id(2), D, PARTS, BLOCK_D)
+    total, squares = tl.zeros([BLOCK_F, BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)
     total, squares = stream_rows(
-        weight_row_ptr, x_row_ptr, x_row_ptr, x_ptr, in_features, in_rows, first, last, D,
-        OFF, OFF, BLOCK_F, BLOCK_T, BLOCK_D,
+        total, squares, weight_row_ptr, block_row_ptr(scale_ptr, f, stride_sf), x_row_ptr,
+        x_row_ptr, x_ptr, in_features, in_rows, first, last, D,
+        OFF, OFF, SCALE, BLOCK_F, BLOCK_T, BLOCK_D,
     )  # fmt: skip
     if PARTS > 1:
         total, squares, is_last = gather_splits(
@@ -90,7 +95,7 @@ def _linear_kernel(
         )
         in_rows = t < tl.where(is_last, T, 0)
     total = scaled_and_biased(
-        total, scale_ptr, bias_ptr, f, in_features, stride_sf, HAS_SCALE, HAS_BIAS
+        total, scale_ptr, bias_ptr, f, in_features, stride_sf, SCALE, HAS_BIAS
     )
     tl.store(y_ptr + t * F + f, total, mask=in_features & in_rows)
 
@@ -108,6 +113,7 @@ def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | N
     (rows, depth), features = x.shape, weight.shape[0]
     y_TF = x.new_empty(rows, features)
     config = _launch_config(rows, features, depth, x.itemsize, weight.itemsize)
+    weight = streamed(weight, depth)
     grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), config.PARTS)
     if y_TF.numel() > 0:
         partials, arrivals = split_scratch(x, config, grid)
@@ -125,7 +131,7 @@ def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | N
             rows,
             depth,
             features,
-            HAS_SCALE=scale is not None,
+            SCALE=scale_mode(scale),
             HAS_BIAS=bias is not None,
             PARTS=config.PARTS,
             BLOCK_F=config.BLOCK_F,
@@ -147,8 +153,9 @@ def linear(
 ) -> Tensor:
     """`x_TD @ weight_FD^T + bias_F`; returns [T, F] in the dtype of `x_TD`.
 
-    An FP8 weight (float8_e4m3fn) comes with `scale_F`, float32 [F] or [1]. Raises ValueError on a
-    shape, dtype, device or layout the kernel would read wrongly.
+    An FP8 weight (float8_e4m3fn) comes with `scale_F`, float32 [F], [1] or, for blocks
+    of 128 x 128, [ceil(F / 128), ceil(D / 128)]. Raises ValueError on a shape, dtype, device or
+    layout the kernel would read wrongly.
     """
     check_rows("x_TD", x_TD)
     check_weight("weight_FD", weight_FD, x_TD.shape[1], x_TD, scale_F, "scale_F")

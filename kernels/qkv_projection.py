@@ -28,19 +28,24 @@ from aerie.kernels.stream_launch import (
     check_vector,
     check_weight,
     projected,
+    scale_mode,
     scale_stride,
     split_scratch,
     stream_config,
+    streamed,
 )
 from aerie.kernels.weight_stream import (
     OFF,
     ON,
+    SCALE_BLOCK,
     SEGMENT_NORM,
     TWO,
+    block_row_ptr,
     gather_splits,
     reciprocal_rms,
     scaled_and_biased,
     steps_of_part,
+    stored_columns,
     stream_rows,
 )
 
@@ -70,7 +75,7 @@ def _qkv_projection_kernel(
     embed_gain_ptr,  # [D]
     hidden_gain_ptr,  # [D]
     weight_ptr,  # [F, 2 * D]
-    scale_ptr,  # [F] or [1], read if HAS_SCALE
+    scale_ptr,  # [F], [1] or [F / 128, columns / 128], read if SCALE
     bias_ptr,  # [F], read if HAS_BIAS
     y_ptr,  # [T, F]
     partials_ptr,  # as in `gather_splits`
@@ -84,7 +89,7 @@ def _qkv_projection_kernel(
     D,
     F,
     eps,
-    HAS_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -104,6 +109,8 @@ def _qkv_projection_kernel(
     first, last = steps_of_part(tl.program_id(2) % PARTS, D, PARTS, BLOCK_D)
     total = tl.zeros([BLOCK_F, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
+    scale_row_ptr = block_row_ptr(scale_ptr, f, stride_sf)
+    columns = stored_columns(weight_ptr, D)
     for segment in range(first_segment, last_segment):
         x_ptr = tl.where(segment == 0, table_ptr, hidden_ptr)
         # strides are selected, not offsets: the compiler then still sees that rows are aligned
@@ -111,8 +118,9 @@ def _qkv_projection_kernel(
         x_row_ptr = x_ptr + tl.where(segment == 0, ids, t) * stride
         gain_ptr = tl.where(segment == 0, embed_gain_ptr, hidden_gain_ptr)
         half_total, half_squares = stream_rows(
-            weight_row_ptr + segment * D, x_row_ptr, x_row_ptr, gain_ptr, in_features, in_rows,
-            first, last, D, OFF, ON, BLOCK_F, BLOCK_T, BLOCK_D,
+            tl.zeros_like(total), tl.zeros_like(squares), weight_row_ptr + segment * columns,
+            scale_row_ptr + segment * (D // SCALE_BLOCK), x_row_ptr, x_row_ptr, gain_ptr,
+            in_features, in_rows, first, last, D, OFF, ON, SCALE, BLOCK_F, BLOCK_T, BLOCK_D,
         )  # fmt: skip
         if not SPLIT:
             half_total *= reciprocal_rms(half_squares, D, eps)[None, :]
@@ -125,7 +133,7 @@ def _qkv_projection_kernel(
         )  # fmt: skip
         in_rows = t < tl.where(is_last, T, 0)
     total = scaled_and_biased(
-        total, scale_ptr, bias_ptr, f, in_features, stride_sf, HAS_SCALE, HAS_BIAS
+        total, scale_ptr, bias_ptr, f, in_features, stride_sf, SCALE, HAS_BIAS
     )
     y = tl.where(known, total, float("nan"))
     tl.store(y_ptr + t * F + f, y, mask=in_features & in_rows)
@@ -154,6 +162,7 @@ def _qkv_projection_op(
     (rows, width), features = hidden.shape, weight.shape[0]
     y_TF = hidden.new_empty(rows, features)
     config = _launch_config(rows, features, width, hidden.itemsize, weight.itemsize)
+    weight = streamed(weight, width)
     splits = 2 * config.PARTS if config.SPLIT else 1
     grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), splits)
     if y_TF.numel() == 0:
@@ -180,7 +189,7 @@ def _qkv_projection_op(
         width,
         features,
         eps,
-        HAS_SCALE=scale is not None,
+        SCALE=scale_mode(scale),
         HAS_BIAS=bias is not None,
         PARTS=config.PARTS,
         SPLIT=config.SPLIT,
@@ -222,8 +231,9 @@ def qkv_projection(
     """Packed q|k|v rows [T, F] of `concat(norm(table_VD[ids_T]), norm(hidden_TD))`.
 
     `weight_F2D` is [F, 2 * D], embedding columns first; FP8 (float8_e4m3fn) comes with `scale_F`,
-    float32 [F] or [1]. An id outside [0, V) gives a row of NaN. Raises ValueError on a shape,
-    dtype, device or layout the kernel would read wrongly.
+    float32 [F], [1] or, for blocks of 128 x 128, [ceil(F / 128), 2 * D / 128]. An id outside
+    [0, V) gives a row of NaN. Raises ValueError on a shape, dtype, device or layout the kernel
+    would read wrongly.
     """
     check_rows("hidden_TD", hidden_TD)
     rows, width = hidden_TD.shape
@@ -241,7 +251,7 @@ def qkv_projection(
     check_device("table_VD", table_VD, hidden_TD)
     check_vector("embed_weight_D", embed_weight_D, width, hidden_TD)
     check_vector("hidden_weight_D", hidden_weight_D, width, hidden_TD)
-    check_weight("weight_F2D", weight_F2D, 2 * width, hidden_TD, scale_F, "scale_F")
+    check_weight("weight_F2D", weight_F2D, 2 * width, hidden_TD, scale_F, "scale_F", 2)
     check_vector("bias_F", bias_F, weight_F2D.shape[0], hidden_TD)
     return _qkv_projection_op(
         ids_T, table_VD, hidden_TD, embed_weight_D, hidden_weight_D, eps, weight_F2D, scale_F,

@@ -12,6 +12,7 @@ from torch import Tensor
 from aerie.kernels.backend import DTYPES
 
 FP8 = torch.float8_e4m3fn
+SCALE_BLOCK = 128  # rows and columns of a weight that share one scale, in the block format
 SMS = 132  # of an H100 or H200; other GPUs get a slightly worse split, never a wrong result
 MAX_STAGES = 2 if torch.version.hip else 6  # AMD's local memory holds 64 KB
 FILL = 8  # steps of depth that starting and draining a pipeline costs, an estimate
@@ -111,13 +112,13 @@ def _arrivals(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(2 * SMS, dtype=torch.int32, device=device)  # a split has fewer tiles
 
 
-def projected(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, scale_F: Tensor | None):
+def projected(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, scale: Tensor | None):
     """`x W^T + b` in PyTorch; an FP8 weight is widened and scaled first."""
-    if scale_F is None:
+    if scale is None:
         read_ahead(weight_FD)
         return F.linear(x_TD, weight_FD, bias_F)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    weight = weight_FD.to(wide) * scale_F.to(wide)[:, None]
+    weight = weight_FD.to(wide) * scale_of_weights(scale, weight_FD).to(wide)
     bias = None if bias_F is None else bias_F.to(wide)
     return F.linear(x_TD.to(wide), weight, bias).to(x_TD.dtype)
 
@@ -132,9 +133,32 @@ def read_ahead(weight: Tensor) -> None:
         weight.sum()
 
 
+def scale_of_weights(scale: Tensor, weight_FD: Tensor) -> Tensor:
+    """`scale` ([F], [1], or one per block of 128 x 128) in a shape that multiplies `weight_FD`."""
+    if scale.ndim == 1:
+        return scale[:, None]
+    rows, columns = weight_FD.shape
+    by_row = scale.repeat_interleave(SCALE_BLOCK, dim=0)[:rows]
+    return by_row.repeat_interleave(SCALE_BLOCK, dim=1)[:, :columns]
+
+
 def scale_stride(scale: Tensor | None) -> int:
-    """Of a scale per row of a weight (or head of a cache): 1; of one for all: 0."""
-    return 0 if scale is None or scale.numel() == 1 else 1
+    """Between the scales of two rows of a weight (heads of a cache, rows of blocks); 0 if one."""
+    return 0 if scale is None or scale.numel() == 1 else scale.stride(0)
+
+
+def scale_mode(scale: Tensor | None) -> int:
+    """As the kernels name it: NO_SCALE, ROW_SCALE or BLOCK_SCALE."""
+    return 0 if scale is None else scale.ndim
+
+
+def streamed(weight: Tensor, depth: int) -> Tensor:
+    """FP8 weights as int16, two to an element (`weight_stream`), where no pair of columns is cut.
+
+    `depth` is that of a segment.
+    """
+    is_even = depth % 2 == weight.stride(0) % 2 == weight.storage_offset() % 2 == 0
+    return weight.view(torch.int16) if weight.dtype == FP8 and is_even else weight
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -159,9 +183,18 @@ def check_segments(name: str, segments: Sequence[Tensor], like: Tensor) -> None:
 
 
 def check_weight(
-    name: str, weight: Tensor, columns: int, like: Tensor, scale: Tensor | None, scale_name: str
+    name: str,
+    weight: Tensor,
+    columns: int,
+    like: Tensor,
+    scale: Tensor | None,
+    scale_name: str,
+    segments: int = 1,
 ) -> None:
-    """Raises ValueError unless `weight` is [F, columns] in `like`'s dtype, or FP8 with a scale."""
+    """Raises ValueError unless `weight` is [F, columns] in `like`'s dtype, or FP8 with a scale.
+
+    Blocks of scales may not reach from one of the `segments` of the columns into another.
+    """
     if weight.ndim != 2 or weight.stride(-1) != 1 or weight.dtype not in (like.dtype, FP8):
         raise ValueError(
             f"{name}: must be {like.dtype} or {FP8}, two-dimensional, with a contiguous last "
@@ -169,7 +202,6 @@ def check_weight(
         )
     if weight.shape[1] != columns:
         raise ValueError(f"{name}: must be [F, {columns}], got {tuple(weight.shape)}")
-    check_vector(scale_name, scale, weight.shape[0], like, (torch.float32,), may_be_one=True)
     check_device(name, weight, like)
     if (weight.dtype == FP8) != (scale is not None):
         given = "none" if scale is None else "one"
@@ -177,10 +209,29 @@ def check_weight(
             f"{scale_name}: must be given with FP8 weights and only then, got {given} "
             f"for {weight.dtype}"
         )
+    if scale is not None:
+        _check_scale(scale_name, scale, weight, segments)
     if weight.dtype == FP8 and weight.is_cuda and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(weight.device)
         if capability < (8, 9):
             raise ValueError(f"{name}: FP8 needs CUDA capability 8.9 or later, got {capability}")
+
+
+def _check_scale(name: str, scale: Tensor, weight: Tensor, segments: int) -> None:
+    rows, columns = weight.shape
+    blocks = (triton.cdiv(rows, SCALE_BLOCK), triton.cdiv(columns, SCALE_BLOCK))
+    is_known = tuple(scale.shape) in [(rows,), (1,), blocks]
+    if not is_known or not scale.is_contiguous() or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: must be a contiguous [{rows}] or [1] or {list(blocks)} of torch.float32, "
+            f"got {tuple(scale.shape)} {scale.dtype} {scale.stride()}"
+        )
+    if scale.ndim == 2 and segments > 1 and columns // segments % SCALE_BLOCK:
+        raise ValueError(
+            f"{name}: blocks of {SCALE_BLOCK} columns must not reach from one input into the next, "
+            f"which are {columns // segments} wide: use a scale per row"
+        )
+    check_device(name, scale, weight)
 
 
 def check_vector(
@@ -189,16 +240,13 @@ def check_vector(
     size: int,
     like: Tensor,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
-    may_be_one: bool = False,
 ) -> None:
-    """Raises ValueError unless `vector` is None or a contiguous [size] ([1] if it may be one)."""
+    """Raises ValueError unless `vector` is None or a contiguous [size]."""
     if vector is None:
         return
-    sizes = [(size,), (1,)] if may_be_one else [(size,)]
-    if tuple(vector.shape) not in sizes or not vector.is_contiguous() or vector.dtype not in dtypes:
-        or_one = " or [1]" if may_be_one else ""
+    if vector.shape != (size,) or not vector.is_contiguous() or vector.dtype not in dtypes:
         raise ValueError(
-            f"{name}: must be a contiguous [{size}]{or_one} of {' or '.join(map(str, dtypes))}, "
+            f"{name}: must be a contiguous [{size}] of {' or '.join(map(str, dtypes))}, "
             f"got {tuple(vector.shape)} {vector.dtype} {vector.stride()}"
         )
     check_device(name, vector, like)

@@ -170,7 +170,10 @@ def kv_append(rows: int, kind: str) -> None:
 
 @op("_linear_kernel", fp8=True)
 def linear(rows: int, kind: str) -> None:
-    _linear.linear(floats(kind, rows, D), weight(kind, D, D), None, scale(kind, D))
+    x, matrix = floats(kind, rows, D), weight(kind, D, D)
+    _linear.linear(x, matrix, None, scale(kind, D))
+    if kind == "fp8":  # the K loop, where the scales of blocks are read, is that of all projections
+        _linear.linear(x, matrix, None, torch.empty(D // 128, D // 128))
 
 
 @op("_qkv_projection_kernel", fp8=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -30,6 +31,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int16: "*i16",  # pairs of FP8
     torch.bool: "*i1",
 }
 
@@ -50,7 +52,8 @@ class Variant:
 
     def fingerprint(self, target: GPUTarget) -> str:
         """Of all that decides the machine code, and of how it is read (`record`)."""
-        backend, context = make_backend(target), ir.context()
+        backend: Any = make_backend(target)  # its methods are those of a compiler per platform
+        context = ir.context()
         options = backend.parse_options(dict(self.options))
         ir.load_dialects(context)
         backend.load_dialects(context)

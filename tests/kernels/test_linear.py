@@ -154,7 +154,10 @@ def test_rejects_bad_arguments(device):
         (r"bias_F: must be a contiguous \[8\]", (x, weight, bias.long())),
         ("scale_F: must be given with FP8", (x, weight.to(FP8))),
         ("scale_F: must be given with FP8", (x, weight, None, scale)),
-        (r"scale_F: must be a contiguous \[8\] or \[1\]", (x, weight.to(FP8), None, scale[:7])),
+        (
+            r"scale_F: must be a contiguous \[8\] or \[1\] or \[1, 1\]",
+            (x, weight.to(FP8), None, scale[:7]),
+        ),
         (r"scale_F: .*of torch.float32", (x, weight.to(FP8), None, scale.half())),
     ]
     for message, arguments in rejected:
