@@ -30,7 +30,6 @@ TYPES = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int32: "*i32",
-    torch.uint8: "*u8",
     torch.int16: "*i16",  # pairs of FP8
     torch.bool: "*i1",
 }

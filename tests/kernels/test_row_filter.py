@@ -8,6 +8,7 @@ layouts, rows beyond 2^31 elements; compilation; bad arguments.
 """
 
 import itertools
+from dataclasses import replace
 from math import log
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aerie.kernels import row_filter as module
 from aerie.kernels.row_filter import (
+    MAX_SHARES,
     MAX_VOCABULARY,
     _launch_config,
     _row_filter_op,
@@ -81,10 +84,10 @@ def _check(logits, *settings):
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_matches_sort(filters, device, dtypes):
     for dtype in dtypes:
-        _check(normal((5, 300), dtype, device) * 2, *_settings(device, *filters))
+        _check(normal((5, 150), dtype, device) * 2, *_settings(device, *filters))
 
 
-@pytest.mark.parametrize("shape", [(5, 4097), (5, 1), *REAL], ids=str)
+@pytest.mark.parametrize("shape", [(5, 1025), (5, 1), *REAL], ids=str)
 def test_widths_around_the_block(shape, device):
     _check(normal(shape, torch.float16, device) * 2, *_settings(device))
 
@@ -156,7 +159,7 @@ def test_minus_infinity_is_legal(device):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and inf
 def test_rows_that_are_not_legal(device):
-    logits, settings = normal((5, 200), torch.float16, device), _settings(device)
+    logits, settings = normal((5, 100), torch.float16, device), _settings(device)
     check_rows_apart(lambda x: row_filter(x, *settings), logits, 2)
     logits[0, 7], logits[1, 9], logits[3] = torch.nan, torch.inf, -torch.inf
     for op in (row_filter, row_filter_ref):
@@ -209,9 +212,24 @@ def test_rejects_bad_arguments(device):
         row_filter(logits, ones, min_p_T=ones[:1].expand(2))
 
 
-@pytest.mark.parametrize("vocabulary", [1, 63, 4096, 202048])
+@pytest.mark.parametrize("rows", [1, 5, 64, 4096])
+@pytest.mark.parametrize("vocabulary", [1, 63, 4096, 202048, MAX_VOCABULARY])
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 16), ("float16", 19), ("float32", 32)])
-def test_launch_config_keeps_the_bits_of_the_dtype(vocabulary, dtype, bits):
-    config = _launch_config(vocabulary, getattr(torch, dtype))
+def test_launch_config(rows, vocabulary, dtype, bits):
+    config = _launch_config(rows, vocabulary, getattr(torch, dtype))
     assert config.SHIFT + bits == 32
-    assert min(vocabulary, 4096) <= config.BLOCK_V <= 4096
+    assert bits <= config.DIGIT * config.LEVELS
+    assert 1 <= config.SHARES <= MAX_SHARES
+    assert config.SHARES * config.size >= vocabulary > (config.SHARES - 1) * config.size
+    assert config.size % max(config.SEARCH_V, config.BLOCK_V) == 0
+
+
+def test_no_boundary_depends_on_how_a_row_is_cut(device, monkeypatch):
+    logits, settings = (normal((5, 160), torch.float16, device) * 2).round(), _settings(device)
+    expected = row_filter(logits, *settings)
+    config = _launch_config(5, 160, torch.float16)
+    cut = replace(config, SHARES=3, size=64, BLOCK_V=64)
+    monkeypatch.setattr(module, "_launch_config", lambda *_: cut)
+    actual = run_guarded(row_filter, logits, *settings)
+    for name in ("maximum_T", "scale_T", "threshold_T", "last_id_T", "log_mass_T"):
+        assert same_bits(getattr(actual, name), getattr(expected, name)), name
