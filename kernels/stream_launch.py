@@ -57,10 +57,7 @@ def stream_config(
     """
     wide, is_fp8 = rows > 64 and itemsize == 2, weight_itemsize == 1
     block_f, per_sm = (128, 1) if wide else (64, 2)
-    most = 128 if wide and not through_registers else 64
-    if itemsize == 4 and through_registers:
-        most = 32  # 64 columns spill
-    block_t = min(most, triton.next_power_of_2(rows))
+    block_t = min(128 if wide and not through_registers else 64, triton.next_power_of_2(rows))
     block_t = max(16, block_t)
     if itemsize == 4:
         block_d, stages = 32, 4

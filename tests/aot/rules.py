@@ -62,12 +62,14 @@ ADDRESSES = (
 EXCEPTED = (
     Excepted("_tree_attention_kernel", "spills", "sm_80", "*16", AMPERE),
     Excepted("_tree_attention_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
+    Excepted("_aux_projection_kernel", "spills", "sm_*", "fp32", FLOAT32),
     Excepted("_aux_projection_kernel", "wide loads", "gfx942", "fp32", AMD_FLOAT32),
     Excepted("_draft_logits_kernel", "wide loads", "gfx942", "fp32", AMD_FLOAT32),
     Excepted("_draft_vocab_kernel", "wide loads", "gfx942", "fp32", AMD_FLOAT32),
     Excepted("_gate_up_kernel", "spills", "sm_80", "*16", AMPERE),
     Excepted("_gate_up_kernel", "wide loads", "gfx942", "fp32", AMD_FLOAT32),
     Excepted("_linear_kernel", "spills", "sm_100", "fp8", ADDRESSES),
+    Excepted("_qkv_projection_kernel", "spills", "sm_*", "fp32", FLOAT32),
     Excepted("_qkv_projection_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
 )
 
