@@ -97,18 +97,26 @@ def split_scratch(
     """Partials of every program of `grid` and one arrival counter per tile; unread without a split.
 
     The counters are zeroed once and every launch leaves them zero, so they are kept per stream:
-    launches of one stream follow each other. A captured graph keeps the counters of its stream.
+    launches of one stream follow each other. A launch that is captured gets its own, zeroed by the
+    graph: graphs are captured on one stream and replayed on any, in any order, and a zeroing that
+    only another graph holds may not have happened.
     """
     if not config.SPLIT:
         return x, x
     f_tiles, t_tiles, splits = grid[1], grid[0], grid[2]
     size = f_tiles * t_tiles * splits * (config.BLOCK_F + 1) * config.BLOCK_T
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return x.new_empty(size, dtype=torch.float32), _arrivals(x.device, stream)
+    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    arrivals = _zeros(x.device) if is_captured else _arrivals(x.device, stream)
+    return x.new_empty(size, dtype=torch.float32), arrivals
 
 
 @cache
 def _arrivals(device: torch.device, stream: int) -> Tensor:
+    return _zeros(device)
+
+
+def _zeros(device: torch.device) -> Tensor:
     return torch.zeros(2 * SMS, dtype=torch.int32, device=device)  # a split has fewer tiles
 
 

@@ -67,6 +67,28 @@ def test_any_split_of_the_depth(shares, splits, device, dtypes):
         assert_as_accurate(actual, exact(linear_ref, *arguments), linear_ref(*arguments))
 
 
+def test_counters_are_kept_but_not_by_a_capture(monkeypatch):
+    """On the CPU no graph is captured: what would be on a GPU is told to `split_scratch`."""
+    config = _launch_config(1, 5120, 5120, 2, 2)
+
+    class OnGpu:
+        is_cuda, device = True, torch.device("cpu")
+
+        def new_empty(self, size, dtype):
+            return torch.empty(size, dtype=dtype)
+
+    def counters(is_captured):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_captured)
+        return stream_launch.split_scratch(OnGpu(), config, (1, 80, 3))[1].data_ptr()
+
+    stream = type("Stream", (), {"cuda_stream": 7})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    first, own, other = counters(False), counters(True), counters(True)
+    assert counters(False) == first
+    assert own != first
+    assert other != first
+
+
 def test_no_rows(device):
     x, weight, bias, _ = _inputs((0, 16, 16), torch.float32, device)
     assert linear(x, weight, bias).shape == (0, 16)
