@@ -4,6 +4,7 @@ The draft's keys and values of guessed rows come from its own guesses of the tar
 They are forgotten after every round and rebuilt from true features in the next first pass.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,6 +48,7 @@ class Level:
 
     hidden_TD: Tensor
     token_T: Tensor
+    logprob_T: Tensor
 
 
 class ChainDrafter:
@@ -58,8 +60,10 @@ class ChainDrafter:
         max_length: int,
         tap_layers: tuple[int, ...] = (),
         kv_cache_dtype: KVCacheDtype = "auto",
+        confidence_threshold: float = 0.0,
     ) -> None:
         """`tap_layers` as `draft.tap_layers(target)` gives them."""
+        self.confidence_threshold = confidence_threshold
         self.draft = draft
         self.tap_layers = tap_layers
         self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
@@ -74,8 +78,12 @@ class ChainDrafter:
         """The likeliest continuation of `num_tokens` tokens, as the draft sees it."""
         assert self._last is not None, "observe comes first"
         level, committed = self._last, self.cache.lengths[0]
-        tokens = [level.token_T]
+        tokens, logprob = [level.token_T], 0.0
         while len(tokens) < num_tokens:
+            if self.confidence_threshold > 0:  # reads the device, one number a level
+                logprob += level.logprob_T.item()
+                if logprob < math.log(self.confidence_threshold):
+                    break
             level = self._pass(level.token_T, level.hidden_TD)
             tokens.append(level.token_T)
         self.cache.rollback(0, committed)
@@ -87,4 +95,4 @@ class ChainDrafter:
         output = self.draft(ids_T, hidden_TD, self.cache.causal_step(num_rows))
         self.cache.commit(0, range(num_rows))
         top = self.draft.top_tokens(output.post_norm_TD[-1:], 1)
-        return Level(output.next_hidden_TD[-1:], top.ids_TA.flatten())
+        return Level(output.next_hidden_TD[-1:], top.ids_TA.flatten(), top.logprobs_TA[:, 0])

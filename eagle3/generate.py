@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.drafter import ChainDrafter, Drafter, NoDrafter
+from aerie.eagle3.drafter import Drafter, NoDrafter
 from aerie.eagle3.ends import Detokenize, Ends, FinishReason
+from aerie.eagle3.policies import Chain, Policy
 from aerie.eagle3.prefixes import History
 from aerie.eagle3.sampler import Sampler
 from aerie.eagle3.sampling import SamplingParams
-from aerie.eagle3.speculation import check_num_speculative_tokens
 from aerie.eagle3.stats import Stats
 from aerie.eagle3.verify import Verified, Verifier
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
@@ -61,23 +61,24 @@ class Decoding:
         drafter: Drafter | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
         *,
+        policy: Policy | None = None,
         sampling: SamplingParams | None = None,
         detokenize: Detokenize | None = None,
     ) -> None:
         """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain.
 
-        `kv_cache_dtype` is that of the target's cache and of the draft's. `sampling` None is
-        greedy. The token limit is `max_new_tokens` or `sampling.max_tokens`.
+        `policy` None is a chain of `num_speculative_tokens`. `kv_cache_dtype` is that of the
+        target's cache and of the draft's. `sampling` None is greedy. The token limit is
+        `max_new_tokens` or `sampling.max_tokens`.
         """
         sampling = SamplingParams() if sampling is None else sampling
         max_new_tokens = _token_limit(max_new_tokens, sampling)
         _check_prompt(prompt_ids, max_new_tokens, target)
         sampling.check_vocabulary(target.config.vocab_size)
-        check_num_speculative_tokens(num_speculative_tokens)
+        self.policy = Chain(num_speculative_tokens) if policy is None else policy
         self.context = target.config.max_position_embeddings
         self.device = target.lm_head.weight.device
         self.prompt_ids = list(prompt_ids)
-        self.num_speculative_tokens = num_speculative_tokens
         eos = target.config.eos_token_ids if eos_token_ids is None else eos_token_ids
         self.ends = Ends(
             frozenset(eos),
@@ -89,13 +90,13 @@ class Decoding:
             self.context,
             detokenize,
         )
-        needed = len(self.prompt_ids) + max_new_tokens + num_speculative_tokens + 1
-        capacity = min(self.context, needed)
+        longest = min(self.context, len(self.prompt_ids) + max_new_tokens)
+        capacity = longest + self.policy.num_rows + 1
         largest_step = max(PREFILL_ROWS, MAX_TREE_ROWS)
         cache = target.allocate_cache(
             capacity, max_step_rows=largest_step, kv_cache_dtype=kv_cache_dtype
         )
-        self.drafter = drafter or _drafter(draft, target, capacity, kv_cache_dtype)
+        self.drafter = drafter or _drafter(self.policy, draft, target, capacity, kv_cache_dtype)
         history = History(self.prompt_ids, self.context, self.device)
         vocab_size = target.config.vocab_size
         self.sampler = Sampler(sampling, history, eos, vocab_size, target.backend, self.device)
@@ -127,7 +128,7 @@ class Decoding:
             draft = self.drafter.propose(self._room())
         with self.stats.timed("verify"):
             verified = self.verifier.verify(self._ids(last.tokens[-1:]), draft)
-        self.stats.count_draft(len(draft.tokens_N), len(verified.path) - 1)
+        self.stats.count_draft(len(draft.tokens_N), len(verified.path) - 1, draft.depth)
         if self.stats.is_at_the_floor and not self._has_warned:
             self._has_warned = True
             first = 100 * self.stats.acceptance_per_position[0]
@@ -156,9 +157,9 @@ class Decoding:
         return burst
 
     def _room(self) -> int:
-        """Tokens to draft: fewer where even the bonus token would not fit into the context."""
+        """Levels to draft: fewer where even the bonus token would not fit into the context."""
         written = len(self.prompt_ids) + len(self.tokens)
-        return min(self.num_speculative_tokens, self.context - written - 1)
+        return min(self.policy.depth, self.context - written - 1)
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.device)
@@ -173,6 +174,7 @@ def generate(
     eos_token_ids: Sequence[int] | None = None,
     kv_cache_dtype: KVCacheDtype = "auto",
     *,
+    policy: Policy | None = None,
     sampling: SamplingParams | None = None,
     detokenize: Detokenize | None = None,
 ) -> Generation:
@@ -190,6 +192,7 @@ def generate(
         num_speculative_tokens,
         eos_token_ids,
         kv_cache_dtype=kv_cache_dtype,
+        policy=policy,
         sampling=sampling,
         detokenize=detokenize,
     )
@@ -206,6 +209,7 @@ def _token_limit(max_new_tokens: int | None, sampling: SamplingParams) -> int:
 
 
 def _drafter(
+    policy: Policy,
     draft: Eagle3Llama4ForCausalLM | None,
     target: Llama4ForCausalLM,
     capacity: int,
@@ -215,7 +219,7 @@ def _drafter(
         return NoDrafter(target.lm_head.weight.device)
     if not draft.is_bound_to(target):
         raise ValueError("draft: was loaded for another target; load it with this one")
-    return ChainDrafter(draft, capacity, draft.tap_layers(target), kv_cache_dtype)
+    return policy.drafter(draft, capacity, draft.tap_layers(target), kv_cache_dtype)
 
 
 def _check_prompt(

@@ -1,25 +1,31 @@
 """The speculative configuration: the keys of vLLM's `--speculative-config`, checked at the door."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
 from aerie.eagle3.reading import AS_WRITTEN, KEYS, Reading
-
-MAX_SPECULATIVE_TOKENS = 63  # with the root, a verified tree fits one 64-bit ancestor word per row
 
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """How to draft. `model` is the draft's folder or hub id (None: the caller has one).
 
-    The keys of `Reading` (`tap_convention`, ...) stand beside the others in the JSON.
+    A chain, or a dynamic tree if `eagle_topk` and `num_steps` are given, or a static one if
+    `speculative_token_tree` is (see `policies`). The keys of `Reading` (`tap_convention`, ...)
+    stand beside the others in the JSON.
     """
 
     method: str = "eagle3"
     model: str | None = None
     num_speculative_tokens: int = 4
     draft_tensor_parallel_size: int = 1
+    eagle_topk: int | None = None
+    num_steps: int | None = None
+    speculative_token_tree: Sequence[Sequence[int]] | None = None
+    confidence_threshold: float = 0.0
     reading: Reading = AS_WRITTEN
 
     def __post_init__(self) -> None:
@@ -29,12 +35,34 @@ class SpeculativeConfig:
             raise ValueError(f"model: must be a folder or a hub id, got {self.model!r}")
         if self.model == "":
             raise ValueError("model: must be a folder or a hub id, got ''")
-        check_num_speculative_tokens(self.num_speculative_tokens)
+        _ = self.policy  # checks its values
         if self.draft_tensor_parallel_size != 1 or self.draft_tensor_parallel_size is True:
             raise ValueError(
                 "draft_tensor_parallel_size: must be 1 (the target's size), "
                 f"got {self.draft_tensor_parallel_size!r}"
             )
+
+    @property
+    def policy(self) -> Policy:
+        """Raises ValueError for values out of range or of two policies."""
+        if self.speculative_token_tree is not None:
+            if self.eagle_topk is not None or self.num_steps is not None:
+                raise ValueError(
+                    "speculative_token_tree: is a static tree; eagle_topk and num_steps ask for a "
+                    "dynamic one"
+                )
+            if not all(isinstance(path, list | tuple) for path in self.speculative_token_tree):
+                raise ValueError(
+                    f"speculative_token_tree: must be a list of lists of ranks, got "
+                    f"{self.speculative_token_tree!r}"
+                )
+            return StaticTree(self.speculative_token_tree, self.confidence_threshold)
+        if self.eagle_topk is None and self.num_steps is None:
+            return Chain(self.num_speculative_tokens, self.confidence_threshold)
+        if self.eagle_topk is None or self.num_steps is None:
+            raise ValueError("eagle_topk, num_steps: a dynamic tree needs both")
+        sizes = self.num_speculative_tokens, self.eagle_topk, self.num_steps
+        return DynamicTree(*sizes, self.confidence_threshold)
 
     @classmethod
     def from_json(cls, text: str) -> "SpeculativeConfig":
@@ -64,11 +92,3 @@ class SpeculativeConfig:
         own = {key: value for key, value in values.items() if key not in KEYS}
         reading = Reading.from_dict({k: v for k, v in values.items() if k in KEYS})
         return cls(**own, reading=reading)
-
-
-def check_num_speculative_tokens(k: object) -> None:
-    """Raises ValueError unless `k` is an integer within 1..MAX_SPECULATIVE_TOKENS."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
-        raise ValueError(
-            f"num_speculative_tokens: must be an integer 1..{MAX_SPECULATIVE_TOKENS}, got {k!r}"
-        )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 DEAD_BELOW = 0.2  # first drafted tokens accepted; a draft below it costs more than it can bring
@@ -32,16 +33,19 @@ class Stats:
     verify_ms: float = 0.0
     total_ms: float = 0.0
 
-    def count_draft(self, num_drafted: int, num_accepted: int) -> None:
-        """Books one round."""
+    def count_draft(
+        self, num_drafted: int, num_accepted: int, num_levels: int | None = None
+    ) -> None:
+        """Books one round. A tree has fewer positions than nodes: `num_levels`."""
+        num_levels = num_drafted if num_levels is None else num_levels
         self.num_target_passes += 1
         if num_drafted == 0:
             return
         self.num_drafts += 1
         self.num_draft_tokens += num_drafted
         for counts in (self.drafted_at, self.reached_at, self.accepted_at):
-            counts += [0] * (num_drafted - len(counts))
-        for position in range(num_drafted):
+            counts += [0] * (num_levels - len(counts))
+        for position in range(num_levels):
             self.drafted_at[position] += 1
             self.reached_at[position] += position <= num_accepted
             self.accepted_at[position] += position < num_accepted
@@ -64,6 +68,17 @@ class Stats:
         if self.num_drafts == 0:
             return 1.0
         return 1 + self.num_accepted_tokens / self.num_drafts
+
+    @property
+    def tokens_per_target_pass(self) -> float:
+        """The prompt's passes included."""
+        return self.num_tokens / self.num_target_passes if self.num_target_passes else 0.0
+
+    @property
+    def acceptance_histogram(self) -> list[int]:
+        """How many drafts had exactly 0, 1, 2, ... tokens accepted."""
+        more = [self.num_drafts, *self.accepted_at, 0]
+        return [at_least - above for at_least, above in pairwise(more)]
 
     @property
     def acceptance_per_position(self) -> list[float]:

@@ -73,13 +73,13 @@ class Verifier:
         step = self.cache.tree_step(draft.shape)
         self.target.set_aux_hidden_state_layers(self.tap_layers)
         output = self.target(tokens_T, step)
-        parents_T = torch.tensor(draft.shape.parents, device=tokens_T.device)
+        parents_T = draft.parents()
         acceptance = self._accept(
             tokens_T,
             parents_T,
             self.sampler.choose(output.logits_TV, tokens_T, parents_T, step.rows.positions_T),
             step.rows.row_starts_B1,
-            1 + max(draft.shape.depths()),
+            1 + draft.depth,
         )
         # one read of the device per round
         path, ids = torch.cat((acceptance.path_BP, acceptance.ids_BP)).tolist()

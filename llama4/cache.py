@@ -57,6 +57,15 @@ class Tree:
         return [word - (1 << 64) if word >= 1 << 63 else word for word in words]
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceTree:
+    """A `Tree` drawn up on the device, int64: so that a drafted shape need not be read."""
+
+    parents_N: Tensor
+    depths_N: Tensor
+    words_N: Tensor  # ancestors, as `Tree.ancestor_words`
+
+
 @dataclass(frozen=True)
 class Placement:
     """The rows of a step, and where their keys and values go, in the layers of one pool."""
@@ -142,20 +151,29 @@ class PagedKVCache:
         """A step of `counts[b]` consecutive rows of each sequence b: a prompt, a token, a chain."""
         lengths, counts = self._reserve(counts), tuple(counts)
         positions = [range(n, n + new) for n, new in zip(lengths, counts, strict=True)]
-        return self._step(counts, positions, positions, None)
+        return self._step(counts, self._integers(chain.from_iterable(positions)), positions, None)
 
-    def tree_step(self, *trees: Tree) -> Step:
-        """A step of one tree per sequence, at most 64 rows each; positions go by depth."""
-        counts = tuple(len(tree.parents) for tree in trees)
+    def tree_step(self, *trees: Tree | DeviceTree) -> Step:
+        """A step of one tree per sequence, at most 64 rows each; positions go by depth.
+
+        Several rows without a parent are a forest, as a draft's first level is.
+        """
+        counts = tuple(
+            len(tree.parents if isinstance(tree, Tree) else tree.parents_N) for tree in trees
+        )
         if max(counts) > MAX_TREE_ROWS:
             raise ValueError(f"trees: at most {MAX_TREE_ROWS} rows per sequence, got {max(counts)}")
         lengths = self._reserve(counts)
         slots = [range(n, n + new) for n, new in zip(lengths, counts, strict=True)]
-        positions = [
-            [n + depth for depth in tree.depths()] for n, tree in zip(lengths, trees, strict=True)
-        ]
-        words = [word for tree in trees for word in tree.ancestor_words()]
-        return self._step(counts, positions, slots, words)
+        positions, words = [], []
+        for length, tree in zip(lengths, trees, strict=True):
+            if isinstance(tree, Tree):
+                positions.append(self._integers(length + depth for depth in tree.depths()))
+                words.append(self._integers(tree.ancestor_words()))
+            else:
+                positions.append(tree.depths_N + length)
+                words.append(tree.words_N)
+        return self._step(counts, _joined(positions), slots, _joined(words))
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the rows `path` (ascending, from the root) of the last step; forgets the others."""
@@ -208,18 +226,18 @@ class PagedKVCache:
     def _step(
         self,
         counts: tuple[int, ...],
-        positions: Sequence[Iterable[int]],
+        positions_T: Tensor,
         slots: Sequence[Iterable[int]],
-        ancestor_words: list[int] | None,
+        ancestors_T: Tensor | None,
     ) -> Step:
         self._step_rows = list(counts)
         starts = [sum(counts[:sequence]) for sequence in range(len(counts) + 1)]
         rows = TreeRows(
-            positions_T=self._integers(chain.from_iterable(positions)),
+            positions_T=positions_T,
             row_starts_B1=self._integers(starts, torch.int32),
             prefix_lengths_B=self._integers(self.lengths, torch.int32),
             page_table_BM=self.pools[0].page_table_BM,
-            ancestors_T=None if ancestor_words is None else self._integers(ancestor_words),
+            ancestors_T=ancestors_T,
             max_rows=max(counts),
         )
         placements = [Placement(rows, self._flat_slots(self.pools[0], slots))]
@@ -234,6 +252,10 @@ class PagedKVCache:
 
     def _integers(self, values: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self._device)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _layers(pools: Sequence[KVPool], kv_scales: Sequence[KVScales]) -> list[LayerKV]:

@@ -33,6 +33,8 @@ def stats_as_dict(stats: Stats) -> dict[str, Any]:
         "acceptance_length": stats.acceptance_length,
         "acceptance_per_position": stats.acceptance_per_position,
         "conditional_acceptance_per_position": stats.conditional_acceptance_per_position,
+        "acceptance_histogram": stats.acceptance_histogram,
+        "tokens_per_target_pass": stats.tokens_per_target_pass,
         "tokens_per_second": stats.tokens_per_second,
         "prefill_ms": stats.prefill_ms,
         "draft_ms": stats.draft_ms,

@@ -142,8 +142,8 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         prompt_ids,
         request.max_new_tokens,
         loaded.draft,
-        request.speculation.num_speculative_tokens,
         kv_cache_dtype=request.kv_cache_dtype,
+        policy=request.speculation.policy,
         sampling=sampling,
         detokenize=loaded.tokenizer.decode,
     )

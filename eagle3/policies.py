@@ -1,0 +1,172 @@
+"""What to draft each round: a chain, a tree of a fixed shape, or EAGLE-2's dynamic tree.
+
+A policy says how deep and how wide it gets and builds the drafter that does it. The output is the
+same whatever the policy; only the number of passes differs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.drafter import ChainDrafter, Drafter
+from aerie.eagle3.tree_drafter import DynamicTreeDrafter, StaticTreeDrafter
+from aerie.kernels.draft_vocab import MAX_K
+from aerie.kernels.tree_rows import MAX_TREE_ROWS
+from aerie.llama4.kv_scales import KVCacheDtype
+
+MAX_SPECULATIVE_TOKENS = MAX_TREE_ROWS - 1  # the root is a row of the verified tree too
+
+
+class Policy(Protocol):
+    """`depth` levels at most; `num_rows` rows at most stand uncommitted in either cache."""
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def drafter(
+        self,
+        draft: Eagle3Llama4ForCausalLM,
+        max_length: int,
+        tap_layers: tuple[int, ...],
+        kv_cache_dtype: KVCacheDtype,
+    ) -> Drafter: ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`num_speculative_tokens` tokens, each the likeliest behind the one before.
+
+    Drafting stops where the probability of the whole chain falls under `confidence_threshold`.
+    """
+
+    num_speculative_tokens: int = 4
+    confidence_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_num_speculative_tokens(self.num_speculative_tokens)
+        _check_threshold(self.confidence_threshold)
+
+    @property
+    def depth(self) -> int:
+        return self.num_speculative_tokens
+
+    num_rows = depth
+
+    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype) -> Drafter:
+        return ChainDrafter(
+            draft, max_length, tap_layers, kv_cache_dtype, self.confidence_threshold
+        )
+
+
+@dataclass(frozen=True)
+class StaticTree:
+    """Paths of ranks: (0,) is the likeliest first token, (0, 1) the second likeliest behind it.
+
+    Every beginning of a path must be a path too. Deepening stops where no node of a level has the
+    probability `confidence_threshold`.
+    """
+
+    speculative_token_tree: Sequence[Sequence[int]]
+    confidence_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        name, paths = "speculative_token_tree", [tuple(p) for p in self.speculative_token_tree]
+        if not 1 <= len(paths) <= MAX_SPECULATIVE_TOKENS:
+            raise ValueError(
+                f"{name}: must hold 1..{MAX_SPECULATIVE_TOKENS} paths, got {len(paths)}"
+            )
+        for path in paths:
+            is_rank = [type(rank) is int and 0 <= rank < MAX_K for rank in path]
+            if not path or not all(is_rank):
+                raise ValueError(f"{name}: a path is ranks 0..{MAX_K - 1}, got {list(path)}")
+            if path[:-1] and path[:-1] not in paths:
+                raise ValueError(f"{name}: {list(path)} lacks its beginning {list(path[:-1])}")
+        if len(set(paths)) != len(paths):
+            raise ValueError(f"{name}: a path is given twice")
+        _check_threshold(self.confidence_threshold)
+        object.__setattr__(self, name, tuple(sorted(paths, key=lambda path: (len(path), path))))
+
+    @property
+    def depth(self) -> int:
+        return max(map(len, self.speculative_token_tree))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.speculative_token_tree)
+
+    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype) -> Drafter:
+        width = 1 + max(rank for path in self.speculative_token_tree for rank in path)
+        _check_vocabulary("speculative_token_tree", width, draft)
+        paths = [tuple(path) for path in self.speculative_token_tree]
+        arguments = draft, max_length, tap_layers, kv_cache_dtype
+        return StaticTreeDrafter(paths, self.confidence_threshold, *arguments)
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """The `num_speculative_tokens` likeliest nodes of `num_steps` levels, `eagle_topk` wide.
+
+    Deepening stops where no node of a level has the probability `confidence_threshold`.
+    """
+
+    num_speculative_tokens: int = 8
+    eagle_topk: int = 4
+    num_steps: int = 3
+    confidence_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_num_speculative_tokens(self.num_speculative_tokens)
+        _check_threshold(self.confidence_threshold)
+        k, steps = self.eagle_topk, self.num_steps
+        for name, value, most in (("eagle_topk", k, MAX_K), ("num_steps", steps, 63)):
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name}: must be an integer 1..{most}, got {value!r}")
+        if k * (steps - 1) > MAX_TREE_ROWS:
+            raise ValueError(
+                f"eagle_topk * (num_steps - 1): at most {MAX_TREE_ROWS} nodes can be expanded, "
+                f"got {k} * {steps - 1}"
+            )
+        if self.num_speculative_tokens > k + (steps - 1) * k * k:
+            raise ValueError(
+                f"num_speculative_tokens: {steps} steps of topk {k} have "
+                f"{k + (steps - 1) * k * k} candidates, got {self.num_speculative_tokens}"
+            )
+
+    @property
+    def depth(self) -> int:
+        return self.num_steps
+
+    @property
+    def num_rows(self) -> int:
+        return max(self.num_speculative_tokens, self.eagle_topk * (self.num_steps - 1))
+
+    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype) -> Drafter:
+        _check_vocabulary("eagle_topk", self.eagle_topk, draft)
+        arguments = draft, max_length, tap_layers, kv_cache_dtype
+        sizes = self.num_speculative_tokens, self.eagle_topk, self.confidence_threshold
+        return DynamicTreeDrafter(*sizes, *arguments)
+
+
+def check_num_speculative_tokens(k: object) -> None:
+    """Raises ValueError unless `k` is an integer within 1..MAX_SPECULATIVE_TOKENS."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
+        raise ValueError(
+            f"num_speculative_tokens: must be an integer 1..{MAX_SPECULATIVE_TOKENS}, got {k!r}"
+        )
+
+
+def _check_threshold(threshold: object) -> None:
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise ValueError(f"confidence_threshold: must be a number, got {threshold!r}")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"confidence_threshold: must be in [0, 1), got {threshold!r}")
+
+
+def _check_vocabulary(name: str, width: int, draft: Eagle3Llama4ForCausalLM) -> None:
+    vocabulary = draft.config.draft_vocab_size
+    if width > vocabulary:
+        raise ValueError(f"{name}: {width} children, but the draft knows {vocabulary} tokens")

@@ -1,0 +1,216 @@
+"""Every speculation policy writes the ids of plain decoding, and drafts what it says it drafts.
+
+Regimes: chains, static and dynamic trees of random shape, with and without a confidence stop,
+greedy and sampled, around chunk edges and up to the end of the context; trees that hold the truth
+on some branch are accepted to their depth; the dynamic tree against EAGLE-2 written down node by
+node, each path run alone; shapes and keys that must be refused.
+"""
+
+import random
+
+import pytest
+import torch
+
+from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
+from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.eagle3.tree import DraftTree
+from aerie.llama4.cache import DeviceTree, Tree
+from tests.test_lossless import (
+    CHUNK,
+    CONTEXT,
+    VOCAB,
+    ScriptedDrafter,
+    random_draft,
+    random_prompt,
+    random_target,
+)
+
+BINARY = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 2), (1, 0, 1)]
+
+
+def random_policy(choose: random.Random) -> Policy:
+    threshold = choose.choice([0.0, 0.0, 0.05, 0.3])
+    kind = choose.choice([Chain, StaticTree, DynamicTree])
+    if kind is Chain:
+        return Chain(choose.randint(1, 8), threshold)
+    if kind is DynamicTree:
+        k, steps = choose.randint(1, 5), choose.randint(1, 4)
+        return DynamicTree(choose.randint(1, min(40, k + (steps - 1) * k * k)), k, steps, threshold)
+    paths: set[tuple[int, ...]] = {(0,)}
+    for _ in range(choose.randint(0, 12)):
+        paths.add((*choose.choice([(), *paths]), choose.randrange(4)))
+    return StaticTree(list(paths), threshold)
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_random_policies(block):
+    """6 x 30 random policies, prompts and samplers."""
+    choose = random.Random(block)
+    target = random_target(block, num_hidden_layers=4)
+    draft = random_draft(block, target)
+    for number in range(30):
+        prompt, policy = random_prompt(30 * block + number), random_policy(choose)
+        params = SamplingParams(
+            choose.choice([0.0, 0.6, 1.5]), seed=number, top_k=choose.choice([0, 4]),
+            repetition_penalty=choose.choice([1.0, 1.3]), frequency_penalty=choose.choice([0, 0.4]),
+        )  # fmt: skip
+        options = {"eos_token_ids": (), "sampling": params}
+        plain = generate(target, prompt, 10, **options)
+        drafted = generate(target, prompt, 10, draft, policy=policy, **options)
+        assert drafted.tokens == plain.tokens, f"block {block}, number {number}: {policy} {params}"
+        assert drafted.stats.num_target_passes <= plain.stats.num_target_passes
+
+
+class ScriptedTrees(ScriptedDrafter):
+    """The truth on the deepest branch of a tree of `paths`, wrong tokens on all others."""
+
+    paths = ((0,), (1,), (2,), (1, 0), (2, 0), (2, 1), (2, 1, 0))
+
+    def propose(self, num_tokens: int) -> DraftTree:
+        paths = [path for path in self.paths if len(path) <= num_tokens]
+        rows = {path: row for row, path in enumerate([(), *paths])}
+        tokens = []
+        for path in paths:
+            at = self.known + len(path) - 1
+            truth = self.plain[at] if at < len(self.plain) else 0
+            is_true = path == (2, 1, 0)[: len(path)]
+            tokens.append(truth if is_true else (truth + 1 + path[-1]) % VOCAB)
+        shape = Tree((-1, *(rows[path[:-1]] for path in paths)))
+        depth = max(map(len, paths), default=0)
+        return DraftTree(torch.tensor(tokens, dtype=torch.int64), shape, depth)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_oracle_tree_is_accepted_to_its_depth(temperature):
+    """Its branch is no prefix of the rows, so keys and values must be moved."""
+    target, prompt = random_target(3, num_hidden_layers=4), random_prompt(CHUNK)
+    params = SamplingParams(temperature, seed=1)
+    plain = generate(target, prompt, 21, eos_token_ids=(), sampling=params)
+    drafter = ScriptedTrees(plain.tokens, 1.0)
+    decoding = Decoding(target, prompt, 21, None, 7, (), drafter, sampling=params,
+                        policy=StaticTree(ScriptedTrees.paths))  # fmt: skip
+    bursts = list(decoding)
+    assert [len(burst) for burst in bursts] == [1, 4, 4, 4, 4, 4]
+    assert decoding.tokens == plain.tokens
+    assert decoding.stats.acceptance_histogram == [0, 0, 0, 5]
+    assert decoding.stats.acceptance_length == 4
+
+
+@pytest.mark.parametrize("policy", [StaticTree(BINARY), DynamicTree(20, 4, 4)], ids=str)
+def test_trees_up_to_the_last_position_of_the_context(policy):
+    target = random_target(5, num_hidden_layers=4)
+    draft = random_draft(5, target)
+    for left in (1, 2, 3, 5):
+        prompt = [7] * (CONTEXT - left)
+        plain = generate(target, prompt, 100, eos_token_ids=())
+        result = generate(target, prompt, 100, draft, eos_token_ids=(), policy=policy)
+        assert result.tokens == plain.tokens
+        assert len(result.tokens) == left
+
+
+def observed(policy: Policy, seed: int):
+    """A drafter that has seen a prompt and its first token."""
+    target = random_target(seed, num_hidden_layers=4)
+    draft = random_draft(seed, target)
+    decoding = Decoding(target, [3, 1, 4, 1, 5, 9, 2, 6], 8, draft, policy=policy)
+    with torch.inference_mode():
+        first = decoding._prefill()
+        decoding.drafter.observe(first.aux_hidden_states, torch.tensor(first.next_ids))
+    return decoding.drafter
+
+
+def continuations(drafter, path, k) -> list[tuple[int, float]]:
+    """The k likeliest tokens behind `path`, run alone as a chain, with log-probabilities."""
+    output, committed = drafter._last, drafter.cache.lengths[0]
+    for token in path:
+        step = drafter.cache.causal_step(1)
+        output = drafter.draft(torch.tensor([token]), output.next_hidden_TD[-1:], step)
+        drafter.cache.commit(0, [0])
+    drafter.cache.rollback(0, committed)
+    top = drafter.draft.top_tokens(output.post_norm_TD[-1:], k)
+    return list(zip(top.ids_TA[0].tolist(), top.logprobs_TA[0].tolist(), strict=True))
+
+
+def paths_of(tree: DraftTree) -> list[tuple[int, ...]]:
+    parents, tokens = tree.parents().tolist(), [None, *tree.tokens_N.tolist()]
+    paths: list[tuple[int, ...]] = [()]
+    for row in range(1, len(tokens)):
+        paths.append((*paths[parents[row]], tokens[row]))
+    return paths[1:]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dynamic_tree_is_eagle_2(seed):
+    policy = DynamicTree(12, 3, 4)
+    drafter = observed(policy, seed)
+    with torch.inference_mode():
+        tree = drafter.propose(4)
+        pool, frontier = {}, {(): 0.0}
+        for _ in range(4):
+            level = {
+                (*path, token): score + logprob
+                for path, score in frontier.items()
+                for token, logprob in continuations(drafter, path, 3)
+            }
+            pool |= level
+            frontier = dict(sorted(level.items(), key=lambda item: -item[1])[:3])
+    best = sorted(pool, key=lambda path: -pool[path])[:12]
+    assert set(paths_of(tree)) == set(best)
+    assert isinstance(tree.shape, DeviceTree)
+    assert tree.shape.depths_N.tolist() == [0, *map(len, paths_of(tree))]
+    words = Tree(tuple(tree.parents().tolist())).ancestor_words()
+    assert tree.shape.words_N.tolist() == words
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_static_tree_has_its_ranks(seed):
+    drafter = observed(StaticTree(BINARY), seed)
+    with torch.inference_mode():
+        found = dict(zip(BINARY, paths_of(drafter.propose(3)), strict=True))
+        for path in BINARY:
+            begun = found[path[:-1]] if path[:-1] else ()
+            assert found[path][-1] == continuations(drafter, begun, 3)[path[-1]][0]
+
+
+def test_confidence_stops_drafting():
+    """A draft over 20 or more tokens is never this sure, so one level is all it drafts."""
+    for policy in (Chain(6, 0.999), StaticTree(BINARY, 0.999), DynamicTree(12, 3, 4, 0.999)):
+        drafter = observed(policy, 1)
+        with torch.inference_mode():
+            assert drafter.propose(4).depth == 1, policy
+
+
+def test_policies_from_the_speculative_config():
+    make = SpeculativeConfig.from_dict
+    assert make({"num_speculative_tokens": 5}).policy == Chain(5)
+    assert make({"confidence_threshold": 0.2}).policy == Chain(4, 0.2)
+    dynamic = {"num_speculative_tokens": 8, "eagle_topk": 4, "num_steps": 3}
+    assert make(dynamic).policy == DynamicTree(8, 4, 3)
+    static = make({"speculative_token_tree": [[0, 0], [0]]}).policy
+    assert static == StaticTree([(0,), (0, 0)])
+
+
+BAD = [
+    ({"num_speculative_tokens": 64}, "num_speculative_tokens: must be an integer 1..63"),
+    ({"eagle_topk": 4}, "eagle_topk, num_steps: a dynamic tree needs both"),
+    ({"eagle_topk": 17, "num_steps": 2}, "eagle_topk: must be an integer 1..16"),
+    ({"eagle_topk": 2, "num_steps": 0}, "num_steps: must be an integer 1"),
+    ({"eagle_topk": 16, "num_steps": 6}, "at most 64 nodes can be expanded"),
+    ({"eagle_topk": 2, "num_steps": 1}, "1 steps of topk 2 have 2 candidates, got 4"),
+    ({"speculative_token_tree": [[0]], "num_steps": 2}, "is a static tree"),
+    ({"speculative_token_tree": []}, "must hold 1..63 paths, got 0"),
+    ({"speculative_token_tree": [3]}, "must be a list of lists"),
+    ({"speculative_token_tree": [[0, 0]]}, r"\[0, 0\] lacks its beginning \[0\]"),
+    ({"speculative_token_tree": [[0], [0]]}, "a path is given twice"),
+    ({"speculative_token_tree": [[16]]}, r"a path is ranks 0\.\.15"),
+    ({"confidence_threshold": 1}, "confidence_threshold: must be in"),
+    ({"confidence_threshold": "0.5"}, "confidence_threshold: must be a number"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD)
+def test_rejects_bad_policies(values, message):
+    with pytest.raises(ValueError, match=message):
+        SpeculativeConfig.from_dict(values)
