@@ -14,3 +14,8 @@ E, F = (16, 8192) if ON_GPU else (4, 512)
 
 ROWS = (1, 4, 8, 16, 32, 64) if ON_GPU else (1, 8)  # of one step; what the goals are stated for
 FEW_ROWS = (1, 8, 64) if ON_GPU else (1, 8)  # for ops that are all latency
+
+
+def features_of(features: int, weight_dtype: str) -> int:
+    """Rows of a weight. A reference in FP8 widens it at every call: a CPU gets a sixteenth."""
+    return features // 16 if weight_dtype == "fp8" and not ON_GPU else features

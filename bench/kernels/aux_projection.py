@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aerie.kernels.aux_projection import JointNorm, TapNorm, aux_projection, aux_projection_ref
+from bench.shapes import features_of
 from bench.timer import Work
 
 TAPS, WIDTH = 3, 5120
@@ -28,13 +29,14 @@ PROVIDERS = {"triton": _triton, "eager": _eager}
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_aux_projection(provider, rows, norm, weight_dtype, measure, device, dtype):
     taps = list(torch.randn(TAPS, rows, WIDTH, device=device, dtype=dtype))
-    weight = torch.randn(WIDTH, TAPS * WIDTH, device=device, dtype=dtype)
+    features = features_of(WIDTH, weight_dtype)
+    weight = torch.randn(features, TAPS * WIDTH, device=device, dtype=dtype)
     gain = torch.rand(TAPS * WIDTH, device=device, dtype=dtype)
     norms = {"none": None, "tap": TapNorm(gain.split(WIDTH), 1e-5), "joint": JointNorm(gain, 1e-5)}
     scale = None
     if weight_dtype == "fp8":
-        weight, scale = weight.to(torch.float8_e4m3fn), torch.rand(WIDTH, device=device)
-    moved = (TAPS + 1) * rows * WIDTH * taps[0].element_size()
+        weight, scale = weight.to(torch.float8_e4m3fn), torch.rand(features, device=device)
+    moved = rows * (TAPS * WIDTH + features) * taps[0].element_size()
     size = weight.numel() * weight.element_size()
     work = Work(bytes=size + moved, flops=2 * rows * weight.numel())
     measure(provider, work, PROVIDERS[provider], taps, weight, norms[norm], scale)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aerie.kernels.gate_up import gate_up, gate_up_ref
+from bench.shapes import features_of
 from bench.timer import Work
 
 DEPTH, WIDTH = 5120, 8192
@@ -25,12 +26,13 @@ PROVIDERS = {"triton": _triton, "eager": _eager}
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_gate_up(provider, rows, weight_dtype, measure, device, dtype):
     x = torch.randn(rows, DEPTH, device=device, dtype=dtype)
-    weight = torch.randn(2 * WIDTH, DEPTH, device=device, dtype=dtype)
+    width = features_of(WIDTH, weight_dtype)
+    weight = torch.randn(2 * width, DEPTH, device=device, dtype=dtype)
     scale = None
     if weight_dtype == "fp8":
         weight = weight.to(torch.float8_e4m3fn)
-        scale = torch.rand(2 * WIDTH, device=device)
-    moved = rows * (DEPTH + WIDTH) * x.element_size()
+        scale = torch.rand(2 * width, device=device)
+    moved = rows * (DEPTH + width) * x.element_size()
     size = weight.numel() * weight.element_size()
     work = Work(bytes=size + moved, flops=2 * rows * weight.numel())
     measure(provider, work, PROVIDERS[provider], x, weight, scale)

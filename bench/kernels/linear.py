@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aerie.kernels.linear import linear, linear_ref
+from bench.shapes import features_of
 from bench.timer import Work
 
 DEPTH = 5120
@@ -16,6 +17,7 @@ PROVIDERS = {"triton": linear, "eager": linear_ref}
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_linear(provider, rows, width, weight_dtype, measure, device, dtype):
     x = torch.randn(rows, DEPTH, device=device, dtype=dtype)
+    width = features_of(width, weight_dtype)
     weight = torch.randn(width, DEPTH, device=device, dtype=dtype)
     scale = None
     if weight_dtype == "fp8":
