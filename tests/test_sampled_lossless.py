@@ -228,6 +228,35 @@ def test_noise_by_row_would_show(monkeypatch):
     assert plain != wrong_plain
 
 
+@pytest.mark.parametrize("least", range(1, 8))
+def test_min_tokens_inside_an_accepted_run(least):
+    """The end token is all but certain, so the text ends as soon as it may."""
+    target, prompt = random_target(3, num_hidden_layers=4), random_prompt(3)
+    params = SamplingParams(1.0, seed=2, logit_bias={0: 100}, stop_token_ids=[0], min_tokens=least)
+    plain = generate(target, prompt, 14, eos_token_ids=(), sampling=params)
+    result = scripted(target, prompt, plain.tokens, 1.0, 5, params, max_new_tokens=14)
+    assert result.tokens == plain.tokens
+    assert plain.tokens.index(0) == least == len(plain.tokens) - 1
+
+
+def test_noise_is_that_of_the_position_of_the_drawn_token(monkeypatch):
+    """One noise for all positions would be an identity too, and no sample."""
+    target, prompt = random_target(3, num_hidden_layers=4), [5, 6, 7]
+    honest, seen = Sampler._drawn, []
+
+    def spy(self, logits_TV, positions_T):
+        seen.append(positions_T.tolist())
+        return honest(self, logits_TV, positions_T)
+
+    monkeypatch.setattr(Sampler, "_drawn", spy)
+    params = SamplingParams(1.0, seed=1)
+    plain = generate(target, prompt, 5, eos_token_ids=(), sampling=params).tokens
+    assert seen == [[3], [4], [5], [6], [7]]
+    seen.clear()
+    scripted(target, prompt, plain, 1.0, 3, params, max_new_tokens=5)
+    assert seen == [[3], [4, 5, 6, 7]]
+
+
 def test_seed_is_reported_and_repeats_the_run():
     target, prompt = random_target(1, num_hidden_layers=4), [1, 2, 3]
     first = generate(target, prompt, 12, eos_token_ids=(), sampling=SamplingParams(1.0))
