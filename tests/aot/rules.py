@@ -54,8 +54,8 @@ class Excepted:
 
 
 AMD_GATHER = "rows found by an id or a page are read 8 bytes at a time on AMD, the weight 16"
-AMD_PROMPT = "128 x 128 tiles of a prompt: ptxas parks addresses of the taps at 128 registers"
-FLOAT32 = "float32 is no served dtype: AMD's lanes read 8 bytes each of a step 32 columns deep"
+PROMPT = "128 x 128 tiles of a prompt: ptxas parks addresses of the taps at 128 registers"
+AMD_FLOAT32 = "float32 is no served dtype: AMD's lanes read 8 bytes each of a step 32 columns deep"
 AMPERE = "tiles are chosen for sm_90; on sm_80 sums, operands and addresses share 255 registers"
 FLOAT32 = "float32 is no served dtype: rows normed on their way, multiplied without tensor cores"
 ADDRESSES = (
