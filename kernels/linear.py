@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
 from aerie.kernels.stream_launch import (
+    FP8,
     LaunchConfig,
     check_rows,
     check_vector,
@@ -164,7 +165,13 @@ def linear(
 
 
 class Linear(nn.Module):
-    """Linear layer, parameters named as in Hugging Face checkpoints (`weight`, `bias`)."""
+    """Linear layer, parameters named as in Hugging Face checkpoints (`weight`, `bias`).
+
+    An FP8 weight has a `weight_scale` (see `linear`); its rows of activations are not quantised,
+    which is more exact than the W8A8 arithmetic that FP8 checkpoints are written for.
+    """
+
+    weight_scale: nn.Parameter | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, backend: ResolvedBackend
@@ -172,7 +179,15 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.register_parameter("weight_scale", None)
         self._linear = pick(backend, linear, linear_ref)
 
+    def hold_fp8(self, scale_shape: tuple[int, ...]) -> None:
+        """Makes the weight FP8 with a scale of that shape; both have no values yet."""
+        codes = torch.empty_like(self.weight, dtype=FP8)
+        scale = torch.empty(scale_shape, dtype=torch.float32, device=codes.device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self._linear(x_TD, self.weight, self.bias)
+        return self._linear(x_TD, self.weight, self.bias, self.weight_scale)

@@ -16,8 +16,10 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from aerie.kernels.linear import Linear
+from aerie.kernels.stream_launch import FP8
 from aerie.llama4.json_fields import CheckpointError
-from aerie.llama4.packing import Place, StoredInParts
+from aerie.llama4.packing import Packing, Place, StoredInParts, linear_places
 from aerie.llama4.stored_tensors import MAX_LISTED, StoredTensor, stored_tensors
 from aerie.llama4.tensor_reading import Copy, read, read_all
 
@@ -73,26 +75,30 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     optional: tuple[str, ...] = (),
+    quantize: bool = False,
     check_finite: bool = True,
     progress: Progress | None = None,
 ) -> None:
     """Replaces the (meta) parameters of `module` by the folder's tensors, cast to `dtype`.
 
     They keep the strides of what they replace. Integer buffers such as a vocabulary map become
-    int64; an `optional` tensor that is absent keeps the module's value. Besides the result, the
-    host holds a few megabytes (or one expert) per thread. Raises CheckpointError listing all that
-    is wrong, and then the module is as it was.
+    int64; an `optional` tensor that is absent keeps the module's value. FP8 parameters take the
+    files' codes and scales as they are or, with `quantize`, are made from unquantised tensors
+    on the way. Besides the result, the host holds a few megabytes (or one expert) per thread.
+    Raises CheckpointError listing all that is wrong, and then the module is as it was.
     """
     found = renamed(stored_tensors(folder), renaming)
     parameters = dict(_own_tensors(module))
     places = _places(module, parameters, found)
+    if quantize:
+        places = {name: place for name, place in places.items() if place.role != "scale"}
     places = {name: p for name, p in places.items() if name in found or name not in optional}
-    problems = _differences(parameters, places, found)
+    problems = _differences(parameters, places, found, quantize)
     filled = _allocate(parameters, places, dtype, "meta" if problems else device)
     copies = [
-        Copy(name, found[name], place, filled[place.parameter])
+        _copy(name, found[name], place, filled)
         for name, place in places.items()
-        if name in found and _fits(found[name], place, parameters[place.parameter])
+        if name in found and _fits(found[name], place, parameters, quantize)
     ]
     problems += read_all(copies, check_finite, progress)
     if problems:
@@ -141,6 +147,12 @@ def _places(
         if isinstance(owner, StoredInParts):
             parts |= dict(owner.places(parameters, f"{name}." if name else "", found))
     filled = {place.parameter for place in parts.values()}
+    for name, linear in module.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(linear, Linear) and weight in parameters and weight not in filled:
+            alone = Packing(name, {name: linear.weight.shape[0]})
+            parts |= dict(linear_places(parameters, "", alone, found))
+    filled = {place.parameter for place in parts.values()}
     whole = {
         name: Place(name, (tuple(tensor.shape),))
         for name, tensor in parameters.items()
@@ -153,10 +165,13 @@ def _differences(
     parameters: Mapping[str, Tensor],
     places: Mapping[str, Place],
     found: Mapping[str, StoredTensor],
+    quantize: bool,
 ) -> list[str]:
-    missing = [f"{name}: missing" for name in places if name not in found]
+    missing = [
+        f"{name}: missing{_scale_hint(name, places)}" for name in places if name not in found
+    ]
     extra = [
-        f"{name}: unexpected{_origin(name, tensor)}"
+        f"{name}: unexpected{_origin(name, tensor)}{_format_hint(name)}"
         for name, tensor in found.items()
         if name not in places
     ]
@@ -168,12 +183,28 @@ def _differences(
         if tensor.shape not in place.shapes
     ]
     kinds = [
-        f"{name}: {tensor.shown_dtype}, expected {_kind(parameters[place.parameter])}"
-        f"{_origin(name, tensor)}"
+        f"{name}: {tensor.shown_dtype}, expected {_kind(allowed)}"
+        f"{_origin(name, tensor)}{_list_hint(tensor, allowed)}"
         for name, tensor, place in both
-        if not _fits_dtype(tensor, parameters[place.parameter])
+        if tensor.dtype not in (allowed := _allowed(place, parameters, quantize))
     ]
     return missing + extra + shapes + kinds
+
+
+def _scale_hint(name: str, places: Mapping[str, Place]) -> str:
+    is_scale = places[name].role == "scale"
+    return "; FP8 codes mean nothing without their scale" if is_scale else ""
+
+
+def _format_hint(name: str) -> str:
+    is_scale = name.endswith(("scale", "scale_inv", "scale_ub"))
+    return "; no FP8 weight takes it, says the quantization_config" if is_scale else ""
+
+
+def _list_hint(tensor: StoredTensor, allowed: tuple[torch.dtype, ...]) -> str:
+    if tensor.dtype == FP8:
+        return "; the quantization_config does not list it as FP8"
+    return "; the quantization_config lists it as FP8" if allowed == (FP8,) else ""
 
 
 def _origin(name: str, tensor: StoredTensor) -> str:
@@ -186,16 +217,26 @@ def _looks_transposed(tensor: StoredTensor, place: Place) -> str:
     return "; it looks transposed" if swapped in place.shapes else ""
 
 
-def _fits(tensor: StoredTensor, place: Place, parameter: Tensor) -> bool:
-    return tensor.shape in place.shapes and _fits_dtype(tensor, parameter)
+def _fits(
+    tensor: StoredTensor, place: Place, parameters: Mapping[str, Tensor], quantize: bool
+) -> bool:
+    is_allowed = tensor.dtype in _allowed(place, parameters, quantize)
+    return tensor.shape in place.shapes and is_allowed
 
 
-def _fits_dtype(tensor: StoredTensor, parameter: Tensor) -> bool:
-    return tensor.dtype in (READABLE if parameter.is_floating_point() else INTEGERS)
+def _allowed(
+    place: Place, parameters: Mapping[str, Tensor], quantize: bool
+) -> tuple[torch.dtype, ...]:
+    """The types that a tensor for this place may be stored in."""
+    if place.role == "codes" and not quantize:
+        return (FP8,)
+    is_whole = place.role == "value" and not parameters[place.parameter].is_floating_point()
+    return INTEGERS if is_whole else READABLE
 
 
-def _kind(parameter: Tensor) -> str:
-    return "float16, bfloat16 or float32" if parameter.is_floating_point() else "int32 or int64"
+def _kind(allowed: tuple[torch.dtype, ...]) -> str:
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _allocate(
@@ -205,17 +246,23 @@ def _allocate(
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     """Room for every parameter that is to be filled; on "meta" only its description."""
-    filled = {place.parameter for place in places.values()}
-    return {
-        name: torch.empty_strided(
-            tensor.shape,
-            tensor.stride(),
-            dtype=dtype if tensor.is_floating_point() else torch.int64,
-            device=device,
-        )
-        for name, tensor in parameters.items()
-        if name in filled
-    }
+    kept = {place.parameter: place.role for place in places.values()}
+    kept |= {p.scale.parameter: p.scale.role for p in places.values() if p.scale is not None}
+
+    def room(name: str, tensor: Tensor) -> Tensor:
+        own = FP8 if kept[name] == "codes" else torch.float32 if kept[name] == "scale" else dtype
+        own = own if tensor.is_floating_point() else torch.int64
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=own, device=device)
+
+    return {name: room(name, tensor) for name, tensor in parameters.items() if name in kept}
+
+
+def _copy(name: str, source: StoredTensor, place: Place, filled: Mapping[str, Tensor]) -> Copy:
+    if not place.parameter:
+        return Copy(name, source, place, torch.empty(source.shape, device="meta"))
+    made = place.scale if source.dtype != FP8 else None
+    scale = None if made is None else filled[made.parameter][made.index]
+    return Copy(name, source, place, filled[place.parameter], scale)
 
 
 def _assign(module: nn.Module, filled: Mapping[str, Tensor], device: torch.device | str) -> None:

@@ -165,11 +165,6 @@ def _text_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
     text = values.get("text_config", values)
     if not isinstance(text, dict):
         raise CheckpointError(f"config key 'text_config': must be an object, got {text!r}")
-    for part in (values, text):
-        if part.get("quantization_config") is not None:
-            raise CheckpointError(
-                "config key 'quantization_config': quantised weights are not read"
-            )
     if text.get("hidden_act", "silu") != "silu":
         raise CheckpointError(
             f"config key 'hidden_act': only 'silu' exists in Llama 4, got {text['hidden_act']!r}"

@@ -20,4 +20,5 @@ class MLP(PackedModule):
         self._gate_up = pick(backend, gate_up, gate_up_ref)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self._gate_up(x_TD, self.gate_up_proj.weight))
+        weight, scale = self.gate_up_proj.weight, self.gate_up_proj.weight_scale
+        return self.down_proj(self._gate_up(x_TD, weight, scale=scale))

@@ -17,12 +17,14 @@ from aerie.kernels.rms_norm import NormedResidual, RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
-from aerie.llama4.checkpoint import Renaming, load_weights, resolve_folder
+from aerie.llama4.checkpoint import Progress, Renaming, load_weights, resolve_folder
 from aerie.llama4.config import Llama4Config
+from aerie.llama4.fp8_layout import hold_fp8
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
 from aerie.llama4.moe import MoE
 from aerie.llama4.packing import lay_out_for_eager
+from aerie.llama4.quantization import Quantize, quantized_on_load, read_quantization
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,40 @@ class Llama4ForCausalLM(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         backend: Backend = "auto",
+        *,
+        quantize: Quantize | None = None,
+        quantize_linears: bool = False,
+        check_finite: bool = True,
+        progress: Progress | None = None,
     ) -> "Llama4ForCausalLM":
         """Loads a Hugging Face folder (or hub id), text-only or the text part of a multimodal one.
 
-        Strict: every parameter must be present once, in the right shape and finite, and nothing
-        may be left over. Raises CheckpointError listing all that is wrong.
+        FP8 checkpoints (`llama4/quantization.py`) stay as they are stored. `quantize` makes the
+        experts of an unquantised one FP8 while they are read, "fp8" with a scale per output
+        channel, "fp8_block" per 128 x 128 block; `quantize_linears` the other projections too,
+        but for router and head. Strict: every parameter must be present once, in the right shape
+        and finite (unless `check_finite` is off), and nothing may be left over. `progress` is told
+        bytes read and bytes in all. Raises CheckpointError listing all that is wrong.
         """
         folder = resolve_folder(path)
         config = Llama4Config.from_pretrained(folder)
+        quantization = read_quantization(folder)
+        if quantize is not None:
+            quantization = quantized_on_load(folder, quantization, quantize, quantize_linears)
         with torch.device("meta"):
             model = cls(config, backend, device)
-        load_weights(model, folder, RENAME, dtype, device)
-        if model.backend == "eager":
-            lay_out_for_eager(model)
+            if quantization is not None:
+                hold_fp8(model, quantization)
+            if model.backend == "eager":
+                lay_out_for_eager(model)
+        making = quantize is not None
+        load_weights(model, folder, RENAME, dtype, device, (), making, check_finite, progress)
         return model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations and of every weight that is not FP8."""
+        return self.model.norm.weight.dtype
 
     def forward(
         self, input_ids_T: Tensor, step: Step, logit_rows: Tensor | None = None
@@ -178,7 +200,7 @@ class Llama4ForCausalLM(nn.Module):
             max_step_rows=max_step_rows,
             num_sequences=num_sequences,
             page_size=page_size,
-            dtype=cache_dtype(kv_cache_dtype, weight.dtype),
+            dtype=cache_dtype(kv_cache_dtype, self.dtype),
             device=weight.device,
             backend=self.backend,
         )

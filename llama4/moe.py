@@ -4,25 +4,16 @@ The sigmoid of the selected router logit scales the routed expert's *input*; the
 the unscaled input (transformers' `Llama4TextMoe`).
 """
 
-import torch
 from torch import Tensor, nn
 
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.experts import experts, experts_ref
+from aerie.kernels.fp8_experts import fp8_experts_ref
 from aerie.kernels.linear import Linear
 from aerie.kernels.router import router, router_ref
 from aerie.llama4.config import Llama4Config
+from aerie.llama4.experts import Experts
 from aerie.llama4.mlp import MLP
-
-
-class Experts(nn.Module):
-    """The routed experts' weights, fused and input-major as Hugging Face stores them."""
-
-    def __init__(self, config: Llama4Config) -> None:
-        super().__init__()
-        E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * F), requires_grad=False)
-        self.down_proj = nn.Parameter(torch.empty(E, F, D), requires_grad=False)
 
 
 class MoE(nn.Module):
@@ -39,7 +30,8 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         routing = self._router(self.router(x_TD), self.experts_per_token)
-        weights = self.experts
-        return self._experts(
-            x_TD, routing, weights.gate_up_proj, weights.down_proj, self.shared_expert(x_TD)
-        )
+        weights, shared_TD = self.experts, self.shared_expert(x_TD)
+        if weights.is_fp8:
+            return fp8_experts_ref(x_TD, routing, weights.gate_up, weights.down, shared_TD)
+        gate_up_EDF2, down_EFD = weights.gate_up_proj.mT, weights.down_proj.mT
+        return self._experts(x_TD, routing, gate_up_EDF2, down_EFD, shared_TD)

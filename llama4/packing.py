@@ -5,29 +5,40 @@ reads it once. State dicts keep the names that Hugging Face gives the parts. `Pl
 stored tensor goes, so that a loader can write it there without ever joining anything.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from aerie.kernels.linear import Linear
 
-LEAVES = ("weight", "bias")
+LEAVES = ("weight", "bias", "weight_scale")
 Index = tuple[slice | int, ...]
+Role = Literal["value", "codes", "scale"]
+SCALES = ("weight_scale", "weight_scale_inv")  # names of one thing: the factor of the codes
+KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale", "k_scale", "v_scale")  # of FP8 caches
+INPUT_SCALES = ("input_scale", "input_scale_ub")  # of activations, which linears do not quantise
 
 
 @dataclass(frozen=True)
 class Place:
     """The region of a parameter that one stored tensor fills.
 
-    The tensor must have one of `shapes`; `transposed` swaps its last two dimensions on the way.
+    The tensor must have one of `shapes`; a single number fills the region. `transposed` swaps its
+    last two dimensions on the way. A `value` takes the model's dtype, `codes` are FP8, a `scale` is
+    float32 and positive; codes name the place of their `scale`. No `parameter`: the tensor is
+    checked and left out.
     """
 
     parameter: str
     shapes: tuple[tuple[int, ...], ...]
     index: Index = ()
     transposed: bool = False
+    role: Role = "value"
+    scale: "Place | None" = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ class Packing:
         for leaf in LEAVES:
             whole = tensors.pop(f"{prefix}{self.whole}.{leaf}", None)
             if whole is not None:
-                rows = whole.split(list(self.parts.values()))
-                tensors |= dict(zip(self._names(prefix, leaf), rows, strict=True))
+                sizes = [rows.stop - rows.start for rows in self.rows(whole)]
+                tensors |= dict(zip(self._names(prefix, leaf), whole.split(sizes), strict=True))
 
     def join(self, tensors: dict[str, Tensor], prefix: str) -> None:
         """Replaces the parts in `tensors`, if they are all there, by the whole."""
@@ -53,20 +64,52 @@ class Packing:
                 rows = [tensors.pop(name) for name in names]
                 tensors[f"{prefix}{self.whole}.{leaf}"] = torch.cat(rows)
 
-    def places(self, parameters: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Place]]:
-        """Every part's name and its rows of the whole."""
-        for leaf in LEAVES:
-            parameter, first = f"{prefix}{self.whole}.{leaf}", 0
-            if parameter not in parameters:
-                continue
-            for part, rows in self.parts.items():
-                shape = (rows, *parameters[parameter].shape[1:])
-                place = Place(parameter, (shape,), (slice(first, first + rows),))
-                yield f"{prefix}{part}.{leaf}", place
-                first += rows
+    def rows(self, whole: Tensor) -> list[slice]:
+        """Each part's rows of a parameter; of block scales, which have fewer, too."""
+        unit = sum(self.parts.values()) // whole.shape[0]
+        ends = [0, *accumulate(rows // unit for rows in self.parts.values())]
+        return [slice(first, last) for first, last in pairwise(ends)]
 
     def _names(self, prefix: str, leaf: str) -> list[str]:
         return [f"{prefix}{part}.{leaf}" for part in self.parts]
+
+
+def linear_places(
+    parameters: Mapping[str, Tensor], prefix: str, packing: Packing, names: Collection[str]
+) -> Iterator[tuple[str, Place]]:
+    """Where weights, biases and scales of the parts of one (packed) `Linear` go."""
+    whole = f"{prefix}{packing.whole}"
+    weight, bias = parameters[f"{whole}.weight"], parameters.get(f"{whole}.bias")
+    scale = parameters.get(f"{whole}.weight_scale")
+    for number, part in enumerate(packing.parts):
+        name, rows = f"{prefix}{part}", packing.rows(weight)[number]
+        height = rows.stop - rows.start
+        shapes = ((height, *weight.shape[1:]),)
+        if bias is not None:
+            yield f"{name}.bias", Place(f"{whole}.bias", ((height,),), (rows,))
+        if scale is None:
+            yield f"{name}.weight", Place(f"{whole}.weight", shapes, (rows,))
+            continue
+        own = packing.rows(scale)[number]
+        factor = Place(f"{whole}.weight_scale", scale_shapes(scale[own]), (own,), role="scale")
+        yield f"{name}.weight", Place(f"{whole}.weight", shapes, (rows,), False, "codes", factor)
+        yield stored_name(name, SCALES, names), factor
+        for leaf in INPUT_SCALES:
+            if f"{name}.{leaf}" in names:
+                yield f"{name}.{leaf}", Place("", ((1,), ()), role="scale")
+
+
+def scale_shapes(scale: Tensor) -> tuple[tuple[int, ...], ...]:
+    """How the scales of a (part of a) linear may be stored: blocks, or rows, or one for all."""
+    if scale.ndim == 2:
+        return (tuple(scale.shape),)
+    return ((len(scale), 1), (len(scale),), (1,), ())
+
+
+def stored_name(owner: str, leaves: Sequence[str], names: Collection[str]) -> str:
+    """The first of an owner's possible names that the files hold, else the first."""
+    choices = [f"{owner}.{leaf}" for leaf in leaves]
+    return next((name for name in choices if name in names), choices[0])
 
 
 class StoredInParts(nn.Module):
@@ -95,7 +138,10 @@ class PackedModule(StoredInParts):
     def places(
         self, parameters: Mapping[str, Tensor], prefix: str, names: Collection[str]
     ) -> Iterator[tuple[str, Place]]:
-        return self.packing.places(parameters, prefix)
+        yield from linear_places(parameters, prefix, self.packing, names)
+        for leaf in KV_SCALES if "k_proj" in self.packing.parts else ():
+            if f"{prefix}{leaf}" in names:
+                yield f"{prefix}{leaf}", Place("", ((1,), ()), role="scale")
 
 
 def _split(module: nn.Module, tensors: dict, prefix: str, metadata: object) -> None:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aerie.kernels.stream_launch import FP8
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.packing import Place
 from aerie.llama4.stored_tensors import StoredTensor
+from aerie.llama4.weight_quantization import BLOCK, quantize_weight
 
 PIECE_BYTES = 4 * 2**20  # stays in the cache between reading, casting and checking
 MAX_THREADS = 8
@@ -25,12 +27,16 @@ MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class Copy:
-    """One tensor on its way from a file to its place in `parameter` (on "meta": only checked)."""
+    """One tensor on its way from a file to its place in `parameter` (on "meta": only checked).
+
+    Unquantised values that become codes have a `scale`, the region that their scales go to.
+    """
 
     name: str
     source: StoredTensor
     place: Place
     parameter: Tensor
+    scale: Tensor | None = None
 
 
 def read_all(
@@ -70,40 +76,75 @@ def read(source: StoredTensor) -> Tensor:
 
 
 def _copy(copy: Copy, check_finite: bool) -> list[str]:
-    source, target = copy.source, copy.parameter
-    assert source.dtype is not None
-    view = _region(copy)
     wrong = 0
-    with source.file.open("rb") as stream:
-        for first, last in _pieces(source):
-            if target.is_meta:
-                piece = _read_rows(stream.fileno(), source, first, last).to(target.dtype)
-            else:
-                piece = view[first:last]
-                if not _read_in_place(stream.fileno(), source, first, piece):
-                    piece.copy_(_read_rows(stream.fileno(), source, first, last))
-            if check_finite and piece.is_floating_point():
+    with copy.source.file.open("rb") as stream:
+        for first, last in _pieces(copy):
+            piece = _place_rows(stream.fileno(), copy, first, last)
+            if copy.place.role == "scale":
+                wrong += int((~(piece.isfinite() & (piece > 0))).sum())
+            elif check_finite:
                 wrong += _count_not_finite(piece)
     if not wrong:
         return []
-    count = math.prod(source.shape)
+    rule = f"not finite in {copy.parameter.dtype}"
+    if copy.place.role == "scale":
+        rule = "a scale must be positive and finite"
     return [
-        f"{copy.name}: not finite in {target.dtype}: {wrong} of {count} values "
-        f"[{source.file.name}]; the file is damaged or needs a wider dtype"
+        f"{copy.name}: {rule}: {wrong} of {math.prod(copy.source.shape)} values "
+        f"[{copy.source.file.name}]; the file is damaged or was written wrongly"
     ]
 
 
+def _place_rows(file: int, copy: Copy, first: int, last: int) -> Tensor:
+    """Puts some rows into their place; returns them as they are to be checked."""
+    source, target = copy.source, copy.parameter
+    if copy.scale is not None:
+        rows = _read_rows(file, source, first, last)
+        if not target.is_meta:
+            _quantize_rows(copy, rows, first, last)
+        return rows
+    if target.is_meta:
+        return _read_rows(file, source, first, last).to(target.dtype)
+    region = _region(copy)
+    if region.numel() != math.prod(source.shape):
+        return region.copy_(_read_rows(file, source, first, last).reshape(()))
+    piece = region[first:last]
+    if not _read_in_place(file, source, first, piece):
+        piece.copy_(_read_rows(file, source, first, last))
+    return piece
+
+
+def _quantize_rows(copy: Copy, rows: Tensor, first: int, last: int) -> None:
+    """Codes and scales of some rows; of a fused tensor, of some experts."""
+    assert copy.scale is not None
+    codes = copy.parameter[copy.place.index] if copy.place.index else copy.parameter
+    if copy.place.transposed:
+        rows = rows.mT
+    unit = 1 if len(codes) == len(copy.scale) else BLOCK
+    scales = copy.scale[first // unit : -(-last // unit)]
+    quantize_weight(rows.to(codes.device), codes[first:last], scales)
+
+
 def _region(copy: Copy) -> Tensor:
-    """The place as a view with the shape of the stored tensor (one dimension at least)."""
+    """The place as a view with the shape of the stored tensor, if it has as many numbers."""
+    shape = copy.source.shape or (1,)
     region = copy.parameter[copy.place.index] if copy.place.index else copy.parameter
     if copy.place.transposed:
         region = region.mT
-    return region.view(copy.source.shape or (1,)) if region.shape != copy.source.shape else region
+    return (
+        region.view(shape)
+        if region.shape != shape and region.numel() == math.prod(shape)
+        else region
+    )
 
 
-def _pieces(source: StoredTensor) -> Iterator[tuple[int, int]]:
+def _pieces(copy: Copy) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about PIECE_BYTES, whole blocks of them where blocks are made."""
+    source = copy.source
     rows = source.shape[0] if source.shape else 1
     step = max(1, PIECE_BYTES * rows // max(1, source.nbytes))
+    if copy.scale is not None and source.shape[0] != copy.scale.shape[0]:
+        step = max(1, step // BLOCK) * BLOCK
     yield from ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
@@ -148,6 +189,10 @@ def _fill(file: int, source: StoredTensor, first_row: int, memory: Tensor) -> No
 
 def _count_not_finite(piece: Tensor) -> int:
     """Extremes first: they see every NaN and infinity at the speed of memory."""
-    if piece.numel() == 0 or torch.stack(torch.aminmax(piece)).isfinite().all():
+    if piece.dtype == FP8:
+        return int(((piece.view(torch.uint8) & 0x7F) == 0x7F).sum())  # its only NaN, twice
+    if not piece.is_floating_point() or piece.numel() == 0:
+        return 0
+    if torch.stack(torch.aminmax(piece)).isfinite().all():
         return 0
     return int(piece.numel() - piece.isfinite().sum())
