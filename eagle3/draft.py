@@ -181,7 +181,7 @@ class Eagle3Llama4ForCausalLM(nn.Module):
                     draft,
                     folder,
                     renaming(parts),
-                    weight.dtype,
+                    target.dtype,
                     weight.device,
                     optional_tensors(config),
                 ),

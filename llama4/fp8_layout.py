@@ -1,13 +1,17 @@
 """Room for FP8: which projections of a model become codes and scales, before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import nn
 
 from aerie.kernels.linear import Linear
+from aerie.llama4.attention import Attention
+from aerie.llama4.checkpoint import read_tensors
 from aerie.llama4.experts import Experts
 from aerie.llama4.json_fields import CheckpointError
-from aerie.llama4.packing import PackedModule
+from aerie.llama4.kv_scales import KVScales
+from aerie.llama4.packing import K_SCALES, KV_SCALES, V_SCALES, PackedModule, stored_name
 from aerie.llama4.quantization import Granularity, Group, Quantization
 from aerie.llama4.weight_quantization import BLOCK
 
@@ -34,6 +38,27 @@ def hold_fp8(model: nn.Module, quantization: Quantization) -> None:
                 if group is not None:
                     _check_blocks(group, {above + part: rows for part, rows in parts.items()})
                     child.hold_fp8(_scale_shape(child, group.granularity))
+
+
+def take_kv_scales(model: nn.Module, folder: Path, renaming: Callable[[str], str | None]) -> None:
+    """Gives every attention the scales of an FP8 cache that the files hold for it.
+
+    Raises CheckpointError where a layer has only one of the two.
+    """
+
+    def only_scales(name: str) -> str | None:
+        renamed = renaming(name)
+        return renamed if renamed is not None and renamed.endswith(KV_SCALES) else None
+
+    found = read_tensors(folder, only_scales)
+    for name, attention in model.named_modules():
+        if isinstance(attention, Attention):
+            pair = [found.get(stored_name(name, leaves, found)) for leaves in (K_SCALES, V_SCALES)]
+            k_scale, v_scale = (None if x is None else x.float().view(1) for x in pair)
+            if (k_scale is None) != (v_scale is None):
+                raise CheckpointError(f"{folder}: {name}: k_scale and v_scale must come together")
+            if k_scale is not None and v_scale is not None:
+                attention.kv_scales = KVScales(k_scale, v_scale)
 
 
 def _parts_of(owner: nn.Module, leaf: str, linear: Linear) -> Mapping[str, int]:

@@ -19,7 +19,7 @@ from aerie.llama4.attention import Attention
 from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
 from aerie.llama4.checkpoint import Progress, Renaming, load_weights, resolve_folder
 from aerie.llama4.config import Llama4Config
-from aerie.llama4.fp8_layout import hold_fp8
+from aerie.llama4.fp8_layout import hold_fp8, take_kv_scales
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
 from aerie.llama4.moe import MoE
@@ -143,8 +143,18 @@ class Llama4ForCausalLM(nn.Module):
                 hold_fp8(model, quantization)
             if model.backend == "eager":
                 lay_out_for_eager(model)
-        making = quantize is not None
-        load_weights(model, folder, RENAME, dtype, device, (), making, check_finite, progress)
+        load_weights(
+            model,
+            folder,
+            RENAME,
+            dtype,
+            device,
+            quantize=quantize is not None,
+            check_finite=check_finite,
+            progress=progress,
+        )
+        if quantization is not None:
+            take_kv_scales(model, folder, RENAME)
         return model
 
     @property

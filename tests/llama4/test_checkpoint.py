@@ -248,12 +248,31 @@ def test_rejects_weight_that_is_no_float(dtype, tmp_path):
     assert f"model.norm.weight: {dtype}" in rejection(write(tmp_path, tensors))
 
 
-def test_rejects_per_expert_files(tmp_path):
+def one_by_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same experts as per-expert files have them: alone and output-major."""
+    prefix = "model.layers.1.feed_forward.experts."
+    gate_up, down = tensors.pop(f"{prefix}gate_up_proj").mT, tensors.pop(f"{prefix}down_proj").mT
+    for e in range(len(down)):
+        gate, up = gate_up[e].chunk(2)
+        for name, weight in (("gate", gate), ("up", up), ("down", down[e])):
+            tensors[f"{prefix}{e}.{name}_proj.weight"] = weight.contiguous()
+    return tensors
+
+
+def test_experts_one_by_one(tmp_path):
     tensors = random_tensors()
-    down = tensors.pop(EXPERTS)
-    for expert, weight in enumerate(down):
-        name = EXPERTS.replace("down_proj", f"{expert}.down_proj.weight")
-        tensors[name] = weight.T.contiguous()
+    assert_same(load(write(tmp_path, one_by_one(dict(tensors)))), tensors)
+
+
+def test_rejects_experts_that_are_partly_fused(tmp_path):
+    fused = random_tensors()
+    tensors = one_by_one(dict(fused)) | {EXPERTS: fused[EXPERTS]}
+    del tensors[EXPERTS.replace("down_proj", "2.down_proj.weight")]
     message = rejection(write(tmp_path, tensors))
-    assert f"{EXPERTS}: missing" in message
-    assert "experts.0.down_proj.weight: unexpected" in message
+    assert f"{EXPERTS}: unexpected" in message
+    assert "experts.2.down_proj.weight: missing" in message
+
+
+def test_rejects_more_experts_than_the_config_has(tmp_path):
+    folder = write(tmp_path, one_by_one(random_tensors()), {**VALUES, "num_local_experts": 2})
+    assert "experts.2.down_proj.weight: unexpected" in rejection(folder)

@@ -151,15 +151,9 @@ REJECTED = {
     "rope type": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type", "'yarn'"),
     "rope text": ({"rope_parameters": "default"}, "rope_parameters", "'default'"),
     "rope incomplete": ({"rope_scaling": {"rope_type": "llama3"}}, "factor", "missing"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config", ""),
     "activation": ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
     "text_config text": ({**VISION, "text_config": "x"}, "text_config", "'x'"),
     "text_config empty": ({**VISION, "text_config": {}}, "num_hidden_layers", "missing"),
-    "quantised text part": (
-        {**VISION, "text_config": {**VALUES, "quantization_config": {}}},
-        "quantization_config",
-        "",
-    ),
     "another model": (
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
         "MistralForCausalLM",
