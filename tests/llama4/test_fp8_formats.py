@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from aerie.kernels.linear import Linear
+from aerie.llama4.attention import Attention
 from aerie.llama4.experts import Experts
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.model import Llama4ForCausalLM
-from aerie.llama4.packing import PackedModule
+from aerie.llama4.packing import PackedModule, Packing
 from aerie.llama4.weight_quantization import spread_blocks
 from tests.llama4.fp8_files import FORMATS, FP8, Checkpoint
 
@@ -31,11 +32,25 @@ def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.double() * scale.double()
 
 
+def experts_of(model: Llama4ForCausalLM) -> Experts:
+    experts = model.get_submodule("model.layers.1.feed_forward.experts")
+    assert isinstance(experts, Experts)
+    return experts
+
+
+def attention_of(model: Llama4ForCausalLM, layer: int) -> Attention:
+    attention = model.get_submodule(f"model.layers.{layer}.self_attn")
+    assert isinstance(attention, Attention)
+    return attention
+
+
 def in_memory(model: torch.nn.Module) -> dict[str, Tensor]:
     """All FP8 projections of a model, dequantised, under the names of their parts."""
     found: dict[str, Tensor] = {}
     for prefix, owner in model.named_modules():
         if isinstance(owner, Experts) and owner.is_fp8:
+            assert owner.gate_up_proj_scale is not None
+            assert owner.down_proj_scale is not None
             gate_up = dequantised(owner.gate_up_proj, owner.gate_up_proj_scale)
             down = dequantised(owner.down_proj, owner.down_proj_scale)
             parts = dict(zip(("gate_proj", "up_proj"), gate_up.chunk(2, dim=1), strict=True))
@@ -43,10 +58,12 @@ def in_memory(model: torch.nn.Module) -> dict[str, Tensor]:
                 found |= {f"{prefix}.{e}.{name}": part[e] for e in range(len(part))}
         for leaf, linear in owner.named_children():
             if isinstance(linear, Linear) and linear.weight_scale is not None:
-                is_packed = isinstance(owner, PackedModule) and owner.packing.whole == leaf
-                rows = owner.packing.parts if is_packed else {leaf: linear.weight.shape[0]}
-                wide = dequantised(linear.weight, linear.weight_scale).split(list(rows.values()))
-                found |= {f"{prefix}.{p}": part for p, part in zip(rows, wide, strict=True)}
+                wide = dequantised(linear.weight, linear.weight_scale)
+                packing = Packing(leaf, {leaf: len(wide)})
+                if isinstance(owner, PackedModule) and owner.packing.whole == leaf:
+                    packing = owner.packing
+                for part, rows in zip(packing.parts, packing.rows(wide), strict=True):
+                    found[f"{prefix}.{part}"] = wide[rows]
     return found
 
 
@@ -69,7 +86,9 @@ def test_format_is_loaded_as_it_is_stored(name, tmp_path):
 
 def test_static_scales_of_activations_reach_the_experts(tmp_path):
     made = FORMATS["compressed-tensors tensor"]()
-    experts = load(made.write(tmp_path)).model.layers[1].feed_forward.experts
+    experts = experts_of(load(made.write(tmp_path)))
+    assert experts.gate_up.input_scale is not None
+    assert experts.down.input_scale is not None
     for e in range(3):
         gate, up, down = (
             made.tensors[f"model.layers.1.feed_forward.experts.{e}.{name}_proj.input_scale"]
@@ -81,9 +100,9 @@ def test_static_scales_of_activations_reach_the_experts(tmp_path):
 
 def test_scales_of_fp8_caches_reach_their_layers(tmp_path):
     made = FORMATS["modelopt"]()
-    for number, layer in enumerate(load(made.write(tmp_path)).model.layers):
-        prefix = f"model.layers.{number}.self_attn."
-        scales = layer.self_attn.kv_scales
+    model = load(made.write(tmp_path))
+    for layer in range(2):
+        prefix, scales = f"model.layers.{layer}.self_attn.", attention_of(model, layer).kv_scales
         assert scales.k_scale.item() == made.tensors[f"{prefix}k_proj.k_scale"].item()
         assert scales.v_scale.item() == made.tensors[f"{prefix}v_proj.v_scale"].item()
 
@@ -95,7 +114,7 @@ def test_fp8_linears_compute_with_the_dequantised_weights(tmp_path):
     x = torch.randn(3, 160)
     for name in ("q_proj", "k_proj", "v_proj"):
         assert f"model.layers.0.self_attn.{name}" in made.truth
-    qkv = model.model.layers[0].self_attn.qkv_proj(x)
+    qkv = attention_of(model, 0).qkv_proj(x)
     wide = torch.cat([made.truth[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"])
     torch.testing.assert_close(qkv.double(), x.double() @ wide.T, rtol=1e-5, atol=1e-5)
 
@@ -249,7 +268,7 @@ def test_modelopt_file_of_its_own(tmp_path):
     own = values.pop("quantization_config")
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
-    assert load(folder).model.layers[1].feed_forward.experts.is_fp8
+    assert experts_of(load(folder)).is_fp8
     own["quant_algo"] = None  # ModelOpt's way to say "not quantised"
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
     with pytest.raises(CheckpointError, match="does not list it as FP8"):
