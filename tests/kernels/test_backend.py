@@ -45,4 +45,5 @@ def test_constant_built_in_inference_serves_training():
         constant(0.12345, torch.ones(1))
     x = torch.ones(2, requires_grad=True)
     (x * constant(0.12345, x)).sum().backward()
+    assert x.grad is not None
     assert x.grad.tolist() == pytest.approx([0.12345] * 2)
