@@ -53,6 +53,20 @@ def test_fp8_cache():
     assert generate("--prompt", "A class", "--kv-cache-dtype", "int8").exit_code == 2
 
 
+@pytest.mark.parametrize("options", [("fp8",), ("fp8_block",), ("fp8", "--quantize-linears")])
+def test_quantises_while_loading(options):
+    shown = generate("--prompt", "A class", "--quantize", *options, "--check", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["identical"] is True
+
+
+def test_quantised_linears_need_a_format():
+    refused = generate("--prompt", "A class", "--quantize-linears")
+    assert refused.exit_code == 2
+    assert "--quantize-linears: needs --quantize" in refused.stderr
+    assert generate("--prompt", "A class", "--quantize", "int8").exit_code == 2
+
+
 def test_text_streams_before_the_table():
     as_json = json.loads(generate("--prompt", "A class", "--json").stdout)
     shown = generate("--prompt", "A class", "--check")

@@ -50,6 +50,11 @@ class KVCacheDtypeName(StrEnum):
     fp8 = "fp8"
 
 
+class QuantizeName(StrEnum):
+    fp8 = "fp8"
+    fp8_block = "fp8_block"
+
+
 def main() -> None:
     """Console entry point."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -105,6 +110,13 @@ def generate(
     kv_cache_dtype: Annotated[
         KVCacheDtypeName, typer.Option(help="Of the keys and values. auto: the dtype.")
     ] = KVCacheDtypeName.auto,
+    quantize: Annotated[
+        QuantizeName | None,
+        typer.Option(help="Make the target's experts FP8 while they are read."),
+    ] = None,
+    quantize_linears: Annotated[
+        bool, typer.Option("--quantize-linears", help="The other projections too.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Also decode without the draft and compare the ids.")
     ] = False,
@@ -139,6 +151,8 @@ def generate(
             device=device,
             dtype=dtype.value,
             kv_cache_dtype=kv_cache_dtype.value,
+            quantize=quantize and quantize.value,
+            quantize_linears=quantize_linears,
             check=check,
         )
         loaded = load(request)

@@ -19,6 +19,7 @@ from aerie.kernels.backend import Backend
 from aerie.llama4.checkpoint import resolve_folder
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
+from aerie.llama4.quantization import Quantize
 from aerie.text import TextStream, load_tokenizer
 
 
@@ -37,6 +38,8 @@ class Request:
     device: torch.device
     dtype: torch.dtype
     kv_cache_dtype: KVCacheDtype
+    quantize: Quantize | None
+    quantize_linears: bool
     check: bool
 
     @classmethod
@@ -55,6 +58,8 @@ class Request:
         device: str,
         dtype: str,
         kv_cache_dtype: KVCacheDtype,
+        quantize: Quantize | None,
+        quantize_linears: bool,
         check: bool,
     ) -> "Request":
         """Resolves defaults. Raises ValueError naming what is wrong."""
@@ -62,6 +67,8 @@ class Request:
             raise ValueError("--bad-word: must be a text of at least one character")
         if no_draft and (draft is not None or speculative_config is not None):
             raise ValueError("--no-draft contradicts --draft and --speculative-config")
+        if quantize_linears and quantize is None:
+            raise ValueError("--quantize-linears: needs --quantize fp8 or fp8_block")
         text = "{}" if speculative_config is None else speculative_config
         speculation = SpeculativeConfig.from_json(text)
         if draft and speculation.model:
@@ -83,6 +90,8 @@ class Request:
             device=resolved_device,
             dtype=dtype_named(dtype, resolved_device),
             kv_cache_dtype=kv_cache_dtype,
+            quantize=quantize,
+            quantize_linears=quantize_linears,
             check=check,
         )
 
@@ -116,7 +125,14 @@ class Outcome:
 def load(request: Request) -> Loaded:
     """Reads target, draft and tokenizer. Raises CheckpointError."""
     folder = resolve_folder(request.model)
-    target = load_target(folder, request.device, request.dtype, request.backend)
+    target = load_target(
+        folder,
+        request.device,
+        request.dtype,
+        request.backend,
+        request.quantize,
+        request.quantize_linears,
+    )
     tokenizer = load_tokenizer(folder)
     if request.draft is None:
         return Loaded(target, None, tokenizer)
@@ -125,12 +141,19 @@ def load(request: Request) -> Loaded:
 
 
 def load_target(
-    folder: Path, device: torch.device, dtype: torch.dtype, backend: Backend
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+    quantize: Quantize | None = None,
+    quantize_linears: bool = False,
 ) -> Llama4ForCausalLM:
     """Reads a target onto its device. Raises CheckpointError."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton launches
-    return Llama4ForCausalLM.from_pretrained(folder, dtype, device, backend)
+    return Llama4ForCausalLM.from_pretrained(
+        folder, dtype, device, backend, quantize=quantize, quantize_linears=quantize_linears
+    )
 
 
 def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
