@@ -40,6 +40,17 @@ def hold_fp8(model: nn.Module, quantization: Quantization) -> None:
                     child.hold_fp8(_scale_shape(child, group.granularity))
 
 
+def fp8_modules(model: nn.Module) -> set[str]:
+    """What files call the linears that `hold_fp8` gave codes; experts are not among them."""
+    return {
+        f"{prefix}.{part}" if prefix else part
+        for prefix, owner in model.named_modules()
+        for leaf, child in owner.named_children()
+        if isinstance(child, Linear) and child.weight_scale is not None
+        for part in _parts_of(owner, leaf, child)
+    }
+
+
 def take_kv_scales(model: nn.Module, folder: Path, renaming: Callable[[str], str | None]) -> None:
     """Gives every attention the scales of an FP8 cache that the files hold for it.
 

@@ -84,7 +84,7 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     problems: list[str] = []
     for file in files:
         try:
-            _check_inside(folder, folder / file)
+            check_inside(folder, folder / file)
             found += read_header(folder / file)
         except CheckpointError as error:
             problems.append(str(error))
@@ -204,7 +204,7 @@ def _shard_fault(name: str) -> str:
     return ""
 
 
-def _check_inside(folder: Path, file: Path) -> None:
+def check_inside(folder: Path, file: Path) -> None:
     """A file may be a link only within its folder, or into the blobs of the hub's own cache."""
     home, target = folder.resolve(), file.resolve()
     allowed = [home]

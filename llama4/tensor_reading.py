@@ -75,6 +75,12 @@ def read(source: StoredTensor) -> Tensor:
     return result
 
 
+def read_rows(source: StoredTensor, first: int, last: int) -> Tensor:
+    """Some rows as they are stored, in this thread's buffer: gone with its next use."""
+    with source.file.open("rb") as stream:
+        return _read_rows(stream.fileno(), source, first, last)
+
+
 def _copy(copy: Copy, check_finite: bool) -> list[str]:
     wrong = 0
     with copy.source.file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""The command line: `aerie generate`, `probe`, `inspect` and `doctor`.
+"""The command line: `aerie generate`, `convert`, `probe`, `inspect` and `doctor`.
 
 Text and tables go to stdout, everything else to stderr; `--json` prints one object on stdout and
 nothing else there. Exit codes: 0 fine, 1 `--check` found different ids or `probe` a draft that is
@@ -25,6 +25,7 @@ from aerie.eagle3.probe import probe as probe_draft
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.convert import convert as convert_checkpoint
 from aerie.run import Request, device_named, dtype_named, load, load_target, run
 from aerie.text import load_tokenizer
 
@@ -47,6 +48,10 @@ class DtypeName(StrEnum):
 
 class KVCacheDtypeName(StrEnum):
     auto = "auto"
+    fp8 = "fp8"
+
+
+class FP8Name(StrEnum):
     fp8 = "fp8"
 
 
@@ -151,7 +156,7 @@ def generate(
             device=device,
             dtype=dtype.value,
             kv_cache_dtype=kv_cache_dtype.value,
-            quantize=quantize and quantize.value,
+            quantize=None if quantize is None else quantize.value,
             quantize_linears=quantize_linears,
             check=check,
         )
@@ -233,6 +238,32 @@ def inspect(
             stdout.print(f"problem: {problem}", markup=False, soft_wrap=True)
     if found.problems:
         raise typer.Exit(2)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Target: folder or hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    experts: Annotated[FP8Name, typer.Option(help="Format of the routed experts.")],
+    linears: Annotated[
+        FP8Name | None, typer.Option(help="Of all other projections but router and head.")
+    ] = None,
+    block: Annotated[
+        bool, typer.Option("--block", help="Scales per 128 x 128 block, not per channel.")
+    ] = False,
+) -> None:
+    """Write an unquantised target as a compressed-tensors FP8 checkpoint."""
+    assert experts == FP8Name.fp8  # the only format so far
+    with _exit_code_2_on_bad_input():
+        made = convert_checkpoint(
+            source, destination, "fp8_block" if block else "fp8", linears is not None
+        )
+    stdout.print(
+        f"{made.folder}: {made.quantised} projections in FP8, {made.copied} tensors as they were, "
+        f"{made.nbytes / 1e9:.3g} GB",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
