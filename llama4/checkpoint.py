@@ -68,6 +68,7 @@ def resolve_folder(path: str | Path) -> Path:
         ) from error
 
 
+@torch.inference_mode(False)  # what is read by threads, which have no such mode, serves in either
 def load_weights(
     module: nn.Module,
     folder: Path,

@@ -83,6 +83,14 @@ def test_one_file(tmp_path):
     assert_same(load(write(tmp_path, tensors)), tensors)
 
 
+def test_loads_within_inference_mode(tmp_path):
+    tensors = random_tensors()
+    folder = write(tmp_path, tensors)
+    with torch.inference_mode():
+        loaded = load(folder)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
 def test_shards(tmp_path):
     tensors = random_tensors()
     names = sorted(tensors)
