@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from aerie.llama4.convert import convert
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.safetensors_writing import ShardWriter
+from aerie.llama4.weight_quantization import spread_blocks
 from tests.llama4.fp8_files import EXPERTS, FORMATS, HIDDEN, VALUES, WIDTH, unquantised
 
 OWNER = "model.layers.1.feed_forward.experts."
@@ -123,6 +124,27 @@ def test_command_on_the_embedded_target(tmp_path):
     assert {file.name for file in made.iterdir()} == {file.name for file in TARGET.iterdir()}
     options = ["--prompt", "A class", "--max-new-tokens", "4", "--no-draft"]
     assert CliRunner().invoke(app, ["generate", "--model", str(made), *options]).exit_code == 0
+
+
+@pytest.mark.parametrize(("quantize", "linears"), KINDS[:3])
+def test_transformers_reads_it(quantize, linears, tmp_path):
+    """Every tensor in its place, and every weight the one that was written."""
+    pytest.importorskip("compressed_tensors", reason="transformers reads the format through it")
+    from transformers import Llama4ForCausalLM as TheirLlama4
+
+    made = convert(TARGET, tmp_path / "made", quantize, linears)
+    loading = {"dtype": torch.float32, "output_loading_info": True}
+    theirs, report = cast("tuple[Any, dict]", TheirLlama4.from_pretrained(made.folder, **loading))
+    assert not any(report.values())
+    with torch.inference_mode():
+        assert theirs(torch.arange(100, 108)[None]).logits.isfinite().all()  # now it is widened
+    written = load_file(made.folder / "model.safetensors")
+    modules = [name.removesuffix(".weight_scale") for name in written if "weight_scale" in name]
+    assert len(modules) == made.quantised
+    for name in modules:
+        codes, scale = (written[f"{name}.{leaf}"] for leaf in ("weight", "weight_scale"))
+        wide = spread_blocks(scale, codes.shape) if quantize == "fp8_block" else scale
+        assert torch.equal(theirs.get_submodule(name).weight, codes.float() * wide), name
 
 
 def test_refuses(tmp_path):
