@@ -77,6 +77,7 @@ def test_reads_back_as_quantised_on_load(quantize, linears, tmp_path):
 
 def test_multimodal_in_shards_with_separate_experts(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(convert_module, "PIECE_BYTES", 1000)
     source = write_source(tmp_path / "source", fused=False, prefix="language_model.")
     folder = convert(source, tmp_path / "made", "fp8").folder
     assert_same_bits(folder, source, "fp8", False)
