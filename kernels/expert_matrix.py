@@ -62,21 +62,21 @@ def block_shape(weight: Tensor) -> tuple[int, int, int]:
 
 
 def check_matrix(
-    name: str, matrix: ExpertMatrix, outputs: int, inputs: int, like: Tensor, any_strides: bool
+    name: str, matrix: ExpertMatrix, experts: int, outputs: int, inputs: int, like: Tensor
 ) -> None:
-    """Raises ValueError unless `matrix` is [E, outputs, inputs] as the class says."""
+    """Raises ValueError unless `matrix` is contiguous [E, outputs, inputs] as the class says."""
     weight = matrix.weight
     if weight.dtype not in (like.dtype, FP8):
         raise ValueError(
             f"{name}.weight: must be {like.dtype} like the rows, or {FP8} with a scale, "
             f"got {weight.dtype}; other FP8 formats must be converted first"
         )
-    if tuple(weight.shape) != (weight.shape[0], outputs, inputs):
+    if tuple(weight.shape) != (experts, outputs, inputs):
         raise ValueError(
-            f"{name}.weight: must be output-major [E, {outputs}, {inputs}], "
+            f"{name}.weight: must be output-major [{experts}, {outputs}, {inputs}], "
             f"got {tuple(weight.shape)}"
         )
-    if not (any_strides or weight.is_contiguous()):
+    if not weight.is_contiguous():
         raise ValueError(f"{name}.weight: must be contiguous, got strides {weight.stride()}")
     _check_device(f"{name}.weight", weight, like)
     _check_scale(name, matrix, like)

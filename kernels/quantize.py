@@ -154,36 +154,40 @@ def _launch_config(width: int) -> LaunchConfig:
     return LaunchConfig(groups, num_warps=min(16, max(1, groups // 2)))
 
 
+row_blocks = _launch_config  # for kernels that end in `store_quantized`
+
+
 def scales_per_row(width: int, grouped: bool) -> int:
     return triton.cdiv(width, GROUP) if grouped else 1
 
 
-def new_quantized(x: Tensor, grouped: bool) -> Quantized:
-    """Uninitialised codes and scales for the rows of `x`."""
-    scales = x.new_empty((x.shape[0], scales_per_row(x.shape[1], grouped)), dtype=torch.float32)
-    return Quantized(x.new_empty(x.shape, dtype=FP8), scales)
+def quantize_into(out: Quantized, x: Tensor, grouped: bool, scale: Tensor | None = None) -> None:
+    """Launches the kernel on at least one row."""
+    config = _launch_config(x.shape[1])
+    _quantize_kernel[(len(x),)](
+        x,
+        out.scales_TN if scale is None else scale,
+        out.codes_TD.view(torch.uint8),
+        out.scales_TN,
+        x.stride(0),
+        x.shape[1],
+        out.scales_TN.shape[1],
+        GROUPED=grouped,
+        IS_STATIC=scale is not None,
+        BLOCK_G=config.BLOCK_G,
+        num_warps=config.num_warps,
+    )
 
 
 @torch.library.custom_op("aerie::quantize", mutates_args=())
 def _quantize_op(x: Tensor, grouped: bool, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     check_launchable(x)
     rows, width = x.shape
-    q, config = new_quantized(x, grouped), _launch_config(width)
+    scales = x.new_empty((rows, scales_per_row(width, grouped)), dtype=torch.float32)
+    out = Quantized(x.new_empty(x.shape, dtype=FP8), scales)
     if rows > 0:
-        _quantize_kernel[(rows,)](
-            x,
-            q.scales_TN if scale is None else scale,
-            q.codes_TD.view(torch.uint8),
-            q.scales_TN,
-            x.stride(0),
-            width,
-            q.scales_TN.shape[1],
-            GROUPED=grouped,
-            IS_STATIC=scale is not None,
-            BLOCK_G=config.BLOCK_G,
-            num_warps=config.num_warps,
-        )
-    return q.codes_TD, q.scales_TN
+        quantize_into(out, x, grouped, scale)
+    return out.codes_TD, out.scales_TN
 
 
 @_quantize_op.register_fake

@@ -19,7 +19,9 @@ from aerie.kernels import draft_logits as _draft_logits
 from aerie.kernels import draft_vocab as _draft_vocab
 from aerie.kernels import draw as _draw
 from aerie.kernels import embedding as _embedding
+from aerie.kernels import expert_order as _expert_order
 from aerie.kernels import experts as _experts
+from aerie.kernels import fp8_experts as _fp8_experts
 from aerie.kernels import gate_up as _gate_up
 from aerie.kernels import kv_append as _kv_append
 from aerie.kernels import linear as _linear
@@ -33,6 +35,7 @@ from aerie.kernels import row_filter as _row_filter
 from aerie.kernels import swiglu as _swiglu
 from aerie.kernels import target_probs as _target_probs
 from aerie.kernels import tree_attention as _tree_attention
+from aerie.kernels.expert_matrix import ExpertMatrix, block_shape
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -150,11 +153,37 @@ def embedding(rows: int, kind: str) -> None:
     _embedding.embedding(integers(rows), floats(kind, V, D))
 
 
+@op()
+def expert_order(rows: int, kind: str) -> None:
+    _expert_order.expert_order(integers(rows, 1, dtype=torch.int32), E)
+    _expert_order.expert_order(integers(rows, 1, dtype=torch.int32), 128)
+
+
 @op("_experts_gate_up_kernel", "_experts_down_kernel")
 def experts(rows: int, kind: str) -> None:
     x, ids = floats(kind, rows, D), integers(rows, 1, dtype=torch.int32)
     routing = _router.Routing(ids, floats(kind, rows, 1))
     _experts.experts(x, routing, floats(kind, E, D, 2 * F), floats(kind, E, F, D), x)
+
+
+def expert_matrix(kind: str, outputs: int, inputs: int, scales: str) -> ExpertMatrix:
+    matrix = weight(kind, E, outputs, inputs)
+    if kind != "fp8":
+        return ExpertMatrix(matrix)
+    shape = {"channel": (E, outputs, 1), "static": (E, 1, 1), "block": block_shape(matrix)}[scales]
+    return ExpertMatrix(matrix, torch.empty(shape), torch.empty(1) if scales == "static" else None)
+
+
+@op("_fp8_experts_gate_up_kernel", "_fp8_experts_down_kernel", fp8=True)
+def fp8_experts(rows: int, kind: str) -> None:
+    x = floats(kind, rows, D)
+    for choices in (1, 2) if rows in (8, 4096) else (1,):
+        ids = integers(rows, choices, dtype=torch.int32)
+        routing = _router.Routing(ids, floats(kind, rows, choices))
+        for scales in ("channel", "static", "block") if kind == "fp8" else ("none",):
+            first = expert_matrix(kind, 2 * F, D, scales)
+            second = expert_matrix(kind, D, F, scales)
+            _fp8_experts.fp8_experts(x, routing, first, second, x)
 
 
 @op("_gate_up_kernel", fp8=True)
