@@ -168,7 +168,8 @@ def _(ids: Tensor, experts: int, first_expert: int, tile_pairs: int) -> tuple[Te
     pairs = ids.numel()
     groups = torch.sym_min(pairs, experts + 1)
     slots = groups + (pairs - groups) // tile_pairs
-    return ids.new_empty(pairs), ids.new_empty((3, slots))
+    tiles = ids.new_empty((3, slots))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return ids.new_empty(pairs), tiles
 
 
 def expert_order(

@@ -82,11 +82,11 @@ def against_dense(experts: int = 16, hidden: int = 1024, width: int = 1024) -> d
         parameter.data.normal_(std=0.02)
     x = torch.randn(1, hidden)
     stored = moe.experts.gate_up_proj.data, moe.experts.down_proj.data
-    matrices = [ExpertMatrix(weight.mT.contiguous()) for weight in stored]
+    gate_up, down = (ExpertMatrix(weight.mT.contiguous()) for weight in stored)
 
     def chosen() -> Tensor:
         routing = router_ref(moe.router(x)[1], 1)
-        return fp8_experts_ref(x, routing, *matrices, moe.shared_expert(x))
+        return fp8_experts_ref(x, routing, gate_up, down, moe.shared_expert(x))
 
     with torch.inference_mode():
         torch.testing.assert_close(chosen(), moe(x)[0], atol=1e-5, rtol=1e-3)
@@ -95,7 +95,7 @@ def against_dense(experts: int = 16, hidden: int = 1024, width: int = 1024) -> d
         dense_input = x.repeat(experts, 1) * scores.T.reshape(-1, 1)
         dense, ours = cpu_seconds(lambda: moe(x)[0]), cpu_seconds(chosen)
         experts_dense = cpu_seconds(lambda: moe.experts(dense_input))
-        experts_ours = cpu_seconds(lambda: fp8_experts_ref(x, routing, *matrices))
+        experts_ours = cpu_seconds(lambda: fp8_experts_ref(x, routing, gate_up, down))
     return {
         "experts": experts,
         "hidden": hidden,
