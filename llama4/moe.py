@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.experts import experts, experts_ref
-from aerie.kernels.fp8_experts import fp8_experts_ref
+from aerie.kernels.fp8_experts import fp8_experts, fp8_experts_ref
 from aerie.kernels.linear import Linear
 from aerie.kernels.router import router, router_ref
 from aerie.llama4.config import Llama4Config
@@ -27,11 +27,12 @@ class MoE(nn.Module):
         self.shared_expert = MLP(config.hidden_size, config.intermediate_size, backend)
         self._router = pick(backend, router, router_ref)
         self._experts = pick(backend, experts, experts_ref)
+        self._fp8_experts = pick(backend, fp8_experts, fp8_experts_ref)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         routing = self._router(self.router(x_TD), self.experts_per_token)
         weights, shared_TD = self.experts, self.shared_expert(x_TD)
         if weights.is_fp8:
-            return fp8_experts_ref(x_TD, routing, weights.gate_up, weights.down, shared_TD)
+            return self._fp8_experts(x_TD, routing, weights.gate_up, weights.down, shared_TD)
         gate_up_EDF2, down_EFD = weights.gate_up_proj.mT, weights.down_proj.mT
         return self._experts(x_TD, routing, gate_up_EDF2, down_EFD, shared_TD)

@@ -277,3 +277,12 @@ def test_refuses_to_quantise_twice(tmp_path):
     folder = FORMATS["fbgemm"]().write(tmp_path)
     with pytest.raises(CheckpointError, match="is quantised already"):
         load(folder, quantize="fp8")
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors channel", "modelopt"])
+def test_triton_runs_fp8_models_as_eager_does(name, tmp_path, device):
+    folder, ids, logits = FORMATS[name]().write(tmp_path), torch.tensor([1, 2, 3]).to(device), []
+    for backend in ("eager", "triton"):
+        model = Llama4ForCausalLM.from_pretrained(folder, device=device, backend=backend)
+        logits.append(model(ids, model.allocate_cache(8).causal_step(3)).logits_TV)
+    assert (logits[0] - logits[1]).norm() <= 1e-5 * logits[0].norm()
