@@ -60,7 +60,7 @@ AMPERE = "tiles are chosen for sm_90; on sm_80 sums, operands and addresses shar
 FLOAT32 = "float32 is no served dtype: rows normed on their way, multiplied without tensor cores"
 LARGEST_STEP = "64 columns, 128 deep: two instructions on local memory, their cause not traced"
 BLACKWELL = "tiles are chosen for sm_90; sm_100 reads whole tiles of sums back into registers"
-AMD_FP8 = "256 rows of gate and up beside up to 64 pairs: 256 registers are too few on AMD"
+AMD_FP8 = "e4m3 is emulated there; beside up to 64 pairs 256 registers are too few"
 EXCEPTED = (
     Excepted("_fp8_experts_*_kernel", "spills", "sm_100", "fp8", BLACKWELL),
     Excepted("_fp8_experts_down_kernel", "spills", "sm_100", "fp32", FLOAT32),
