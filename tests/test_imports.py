@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("kernels", "llama4", "eagle3")
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
-OUTER = sorted((ROOT / "src" / "aerie").glob("*.py"))
+AERIE = ROOT / "src" / "aerie"
+OUTER = sorted([*AERIE.glob("*.py"), *AERIE.glob("commands/*.py")])
 OTHERS = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 
 

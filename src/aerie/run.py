@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from aerie import embedded
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.ends import FinishReason
 from aerie.eagle3.generate import Decoding, Generation, generate
@@ -25,7 +24,7 @@ from aerie.text import TextStream, load_tokenizer
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request; building it loads nothing."""
+    """A checked request (`commands/generate_options.py`)."""
 
     model: str | Path
     draft: str | Path | None
@@ -41,59 +40,6 @@ class Request:
     quantize: Quantize | None
     quantize_linears: bool
     check: bool
-
-    @classmethod
-    def build(
-        cls,
-        *,
-        model: str | None,
-        draft: str | None,
-        prompt: str,
-        max_new_tokens: int,
-        sampling: SamplingParams,
-        bad_words: tuple[str, ...],
-        speculative_config: str | None,
-        no_draft: bool,
-        backend: Backend,
-        device: str,
-        dtype: str,
-        kv_cache_dtype: KVCacheDtype,
-        quantize: Quantize | None,
-        quantize_linears: bool,
-        check: bool,
-    ) -> "Request":
-        """Resolves defaults. Raises ValueError naming what is wrong."""
-        if not all(bad_words):
-            raise ValueError("--bad-word: must be a text of at least one character")
-        if no_draft and (draft is not None or speculative_config is not None):
-            raise ValueError("--no-draft contradicts --draft and --speculative-config")
-        if quantize_linears and quantize is None:
-            raise ValueError("--quantize-linears: needs --quantize fp8 or fp8_block")
-        text = "{}" if speculative_config is None else speculative_config
-        speculation = SpeculativeConfig.from_json(text)
-        if draft and speculation.model:
-            raise ValueError("--draft and the speculative config's 'model' name two drafts")
-        default_draft = embedded.DRAFT if model is None else None
-        chosen_draft = draft or speculation.model or default_draft
-        if speculative_config is not None and chosen_draft is None:
-            raise ValueError("--speculative-config: no draft; give --draft or its key 'model'")
-        resolved_device = device_named(device)
-        return cls(
-            model=embedded.TARGET if model is None else model,
-            draft=None if no_draft else chosen_draft,
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            bad_words=bad_words,
-            speculation=speculation,
-            backend=backend,
-            device=resolved_device,
-            dtype=dtype_named(dtype, resolved_device),
-            kv_cache_dtype=kv_cache_dtype,
-            quantize=quantize,
-            quantize_linears=quantize_linears,
-            check=check,
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,169 @@
+"""The options of `aerie generate`, and the request they make. Nothing is loaded here."""
+
+import json
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aerie import embedded
+from aerie.commands.shared import (
+    BackendName,
+    BackendOption,
+    DeviceOption,
+    DraftOption,
+    DtypeName,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+)
+from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.run import Request, device_named, dtype_named
+
+
+class KVCacheDtypeName(StrEnum):
+    auto = "auto"
+    fp8 = "fp8"
+
+
+class QuantizeName(StrEnum):
+    fp8 = "fp8"
+    fp8_block = "fp8_block"
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    model: ModelOption = None
+    draft: DraftOption = None
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(help='JSON, e.g. {"method": "eagle3", "num_speculative_tokens": 4}'),
+    ] = None
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0: off.")] = 0
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest of this mass.")] = 1.0
+    min_p: Annotated[float, typer.Option(help="Keep what is this likely next to the best.")] = 0.0
+    seed: Annotated[int | None, typer.Option(help="Repeats a sampled run. Default: any.")] = None
+    repetition_penalty: Annotated[float, typer.Option(help="Of prompt and output; 1: off.")] = 1.0
+    presence_penalty: Annotated[float, typer.Option(help="Of output; 0: off.")] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="Of output, per use; 0: off.")] = 0.0
+    min_tokens: Annotated[int, typer.Option(help="No end before this many tokens.")] = 0
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+    ] = None
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="End at this token; may be repeated.")
+    ] = None
+    bad_word: Annotated[
+        list[str] | None, typer.Option(help="Never write this text's tokens; may be repeated.")
+    ] = None
+    logit_bias: Annotated[
+        str | None, typer.Option(help='Added to logits: JSON, e.g. {"17": -5}')
+    ] = None
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False
+    backend: BackendOption = BackendName.auto
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = DtypeName.auto
+    kv_cache_dtype: Annotated[
+        KVCacheDtypeName, typer.Option(help="Of the keys and values. auto: the dtype.")
+    ] = KVCacheDtypeName.auto
+    quantize: Annotated[
+        QuantizeName | None,
+        typer.Option(help="Make the target's experts FP8 while they are read."),
+    ] = None
+    quantize_linears: Annotated[
+        bool, typer.Option("--quantize-linears", help="The other projections too.")
+    ] = False
+    check: Annotated[
+        bool, typer.Option("--check", help="Also decode without the draft and compare the ids.")
+    ] = False
+    as_json: JsonOption = False
+
+    def request(self) -> Request:
+        """Resolves defaults. Raises ValueError naming what is wrong."""
+        sampling = self._sampling()
+        prompt = self._prompt()
+        bad_words = tuple(self.bad_word or ())
+        if not all(bad_words):
+            raise ValueError("--bad-word: must be a text of at least one character")
+        if self.no_draft and (self.draft is not None or self.speculative_config is not None):
+            raise ValueError("--no-draft contradicts --draft and --speculative-config")
+        if self.quantize_linears and self.quantize is None:
+            raise ValueError("--quantize-linears: needs --quantize fp8 or fp8_block")
+        speculation = SpeculativeConfig.from_json(
+            "{}" if self.speculative_config is None else self.speculative_config
+        )
+        draft, device = self._draft(speculation), device_named(self.device)
+        return Request(
+            model=embedded.TARGET if self.model is None else self.model,
+            draft=draft,
+            prompt=prompt,
+            max_new_tokens=self.max_new_tokens,
+            sampling=sampling,
+            bad_words=bad_words,
+            speculation=speculation,
+            backend=self.backend.value,
+            device=device,
+            dtype=dtype_named(self.dtype.value, device),
+            kv_cache_dtype=self.kv_cache_dtype.value,
+            quantize=None if self.quantize is None else self.quantize.value,
+            quantize_linears=self.quantize_linears,
+            check=self.check,
+        )
+
+    def _sampling(self) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=secrets.randbelow(2**63) if self.seed is None else self.seed,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=_logit_bias(self.logit_bias),
+            min_tokens=self.min_tokens,
+            stop=self.stop or (),
+            stop_token_ids=self.stop_token_id or (),
+        )
+
+    def _draft(self, speculation: SpeculativeConfig) -> str | Path | None:
+        if self.draft and speculation.model:
+            raise ValueError("--draft and the speculative config's 'model' name two drafts")
+        draft = self.draft or speculation.model or (embedded.DRAFT if self.model is None else None)
+        if self.speculative_config is not None and draft is None:
+            raise ValueError("--speculative-config: no draft; give --draft or its key 'model'")
+        return None if self.no_draft else draft
+
+    def _prompt(self) -> str:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("--prompt, --prompt-file: give exactly one of them")
+        text = self.prompt if self.prompt_file is None else _read(self.prompt_file)
+        if not text:
+            raise ValueError("the prompt is empty; give at least one character")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--prompt: is not valid Unicode text ({error})") from error
+        return text
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file: cannot read {file} ({error})") from error
+
+
+def _logit_bias(text: str | None) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in json.loads(text or "{}").items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f'--logit-bias: must be JSON like {{"17": -5}}, got {text!r}') from error
