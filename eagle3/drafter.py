@@ -78,7 +78,7 @@ class ChainDrafter:
         """The likeliest continuation of `num_tokens` tokens, as the draft sees it."""
         assert self._last is not None, "observe comes first"
         level, committed = self._last, self.cache.lengths[0]
-        tokens, logprob = [level.token_T], 0.0
+        tokens, logprobs, logprob = [level.token_T], [level.logprob_T], 0.0
         while len(tokens) < num_tokens:
             if self.confidence_threshold > 0:  # reads the device, one number a level
                 logprob += level.logprob_T.item()
@@ -86,8 +86,9 @@ class ChainDrafter:
                     break
             level = self._pass(level.token_T, level.hidden_TD)
             tokens.append(level.token_T)
+            logprobs.append(level.logprob_T)
         self.cache.rollback(0, committed)
-        return chain(torch.cat(tokens)[:num_tokens])
+        return chain(torch.cat(tokens)[:num_tokens], torch.cat(logprobs)[:num_tokens].cumsum(0))
 
     def _pass(self, ids_T: Tensor, hidden_TD: Tensor) -> Level:
         """What the last row yields; all rows stay in the draft's cache."""

@@ -12,12 +12,14 @@ from aerie.llama4.cache import DeviceTree, Tree
 class DraftTree:
     """`tokens_N` on the device, one per drafted node; row 0 of `shape` is the root before them.
 
-    No node is deeper than `depth`. Siblings carry distinct tokens.
+    No node is deeper than `depth`. Siblings carry distinct tokens. `scores_N`, where the drafter
+    gives them, are the log-probabilities of the paths to the nodes, as the draft sees them.
     """
 
     tokens_N: Tensor
     shape: Tree | DeviceTree
     depth: int
+    scores_N: Tensor | None = None
 
     def parents(self) -> Tensor:
         """The parent row of every row, -1 for the root, where the tokens are."""
@@ -26,9 +28,9 @@ class DraftTree:
         return torch.tensor(self.shape.parents, device=self.tokens_N.device)
 
 
-def chain(tokens_N: Tensor) -> DraftTree:
+def chain(tokens_N: Tensor, scores_N: Tensor | None = None) -> DraftTree:
     """Every token is the child of the one before it; no tokens is plain decoding."""
-    return DraftTree(tokens_N, Tree(tuple(range(-1, len(tokens_N)))), len(tokens_N))
+    return DraftTree(tokens_N, Tree(tuple(range(-1, len(tokens_N)))), len(tokens_N), scores_N)
 
 
 def best_nodes(
@@ -46,7 +48,8 @@ def best_nodes(
     depths_N = torch.cat((row_of[:1], levels_M[kept_N]))
     words_N = ancestor_words(parents_N, depth)
     parents_N = torch.cat((parents_N[:1] - 1, parents_N[1:]))
-    return DraftTree(tokens_M[kept_N], DeviceTree(parents_N, depths_N, words_N), depth)
+    shape = DeviceTree(parents_N, depths_N, words_N)
+    return DraftTree(tokens_M[kept_N], shape, depth, scores_M[kept_N])
 
 
 def ancestor_words(parents_N: Tensor, depth: int) -> Tensor:

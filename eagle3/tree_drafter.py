@@ -160,12 +160,14 @@ class StaticTreeDrafter(TreeDrafter):
         """The shape's first `num_tokens` levels."""
         output, frontier = self._begin()
         tokens, score_K = [frontier.tokens_F], torch.zeros(1, device=frontier.tokens_F.device)
+        scores = [score_K[:0]]
         num_expanded, depth = 1, 0
         for level in self._levels[:num_tokens]:
             depth += 1
             top = self.draft.top_tokens(output.post_norm_TD[-num_expanded:], level.width)
             tokens.append(top.ids_TA[level.parent_K, level.rank_K])
             score_K = score_K[level.parent_K] + top.logprobs_TA[level.parent_K, level.rank_K]
+            scores.append(score_K)
             is_unsure = self.threshold > 0 and score_K.max().exp().item() < self.threshold
             if depth == min(num_tokens, len(self._levels)) or is_unsure:
                 break
@@ -180,4 +182,5 @@ class StaticTreeDrafter(TreeDrafter):
             num_expanded, score_K = len(parent_K), score_K[level.expanded_K]
             output = self._run(frontier)
         tokens_N = torch.cat(tokens)
-        return DraftTree(tokens_N, Tree(tuple(self._parents[: len(tokens_N) + 1])), depth)
+        shape = Tree(tuple(self._parents[: len(tokens_N) + 1]))
+        return DraftTree(tokens_N, shape, depth, torch.cat(scores))

@@ -174,6 +174,30 @@ def test_static_tree_has_its_ranks(seed):
             assert found[path][-1] == continuations(drafter, begun, 3)[path[-1]][0]
 
 
+@pytest.mark.parametrize("policy", [StaticTree(BINARY), DynamicTree(12, 3, 4)], ids=str)
+def test_scores_are_the_log_probabilities_of_the_paths(policy):
+    drafter = observed(policy, 2)
+    vocabulary = drafter.draft.config.draft_vocab_size
+    with torch.inference_mode():
+        tree = drafter.propose(4)
+        expected = [
+            sum(
+                dict(continuations(drafter, path[:i], vocabulary))[path[i]]
+                for i in range(len(path))
+            )
+            for path in paths_of(tree)
+        ]
+    torch.testing.assert_close(tree.scores_N, torch.tensor(expected))
+
+
+def test_a_chain_is_a_static_tree():
+    chain, line = Chain(4), StaticTree([(0,) * depth for depth in range(1, 5)])
+    with torch.inference_mode():
+        drafted, expected = observed(chain, 2).propose(4), observed(line, 2).propose(4)
+    assert drafted.tokens_N.tolist() == expected.tokens_N.tolist()
+    torch.testing.assert_close(drafted.scores_N, expected.scores_N)
+
+
 def test_confidence_stops_drafting():
     """A draft over 20 or more tokens is never this sure, so one level is all it drafts."""
     for policy in (Chain(6, 0.999), StaticTree(BINARY, 0.999), DynamicTree(12, 3, 4, 0.999)):
