@@ -46,7 +46,8 @@ from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import PagedKVCache, Step
-from aerie.llama4.checkpoint import load_weights, resolve_folder
+from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
+from aerie.llama4.hub import resolve_folder
 from aerie.llama4.json_fields import CheckpointError, read_fields
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
@@ -158,13 +159,16 @@ class Eagle3Llama4ForCausalLM(nn.Module):
         target: Llama4ForCausalLM,
         backend: Backend | None = None,
         reading: Reading = AS_WRITTEN,
+        *,
+        revision: str | None = None,
+        progress: Progress | None = None,
     ) -> "Eagle3Llama4ForCausalLM":
         """Loads a draft of any format and binds it to `target`: its embedding, dtype, device, taps.
 
-        `reading` overrides what the files say. Strict like the target's loader. Raises
-        CheckpointError listing all that is wrong.
+        `reading` overrides what the files say, `revision` pins a hub id. Strict like the target's
+        loader. Raises CheckpointError listing all that is wrong.
         """
-        folder = resolve_folder(path)
+        folder = resolve_folder(path, revision)
         config = Eagle3Config.from_pretrained(folder, target.config.num_hidden_layers, reading)
         names = tensor_names(folder)
         parts = own_parts(names, config)
@@ -174,17 +178,13 @@ class Eagle3Llama4ForCausalLM(nn.Module):
             draft = cls(config, backend or target.backend, weight.device, parts)
         if draft.backend == "eager":
             lay_out_for_eager(draft)
+        options = LoadOptions(
+            target.dtype, weight.device, optional_tensors(config), progress=progress
+        )
         read_fields(
             {
                 "layer": lambda: check_is_dense(names),
-                "tensors": lambda: load_weights(
-                    draft,
-                    folder,
-                    renaming(parts),
-                    target.dtype,
-                    weight.device,
-                    optional_tensors(config),
-                ),
+                "tensors": lambda: load_weights(draft, folder, renaming(parts), options),
                 "d2t": lambda: draft.d2t.copy_(read_vocabulary_map(folder, config)),
             }
         )

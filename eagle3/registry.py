@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aerie.eagle3.formats import CONVERTED, TRAINED, FlatConfig, flatten
 from aerie.eagle3.reading import AS_WRITTEN, Reading
-from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.hub import resolve_folder
 from aerie.llama4.json_fields import CheckpointError, read_json, strings
 
 if TYPE_CHECKING:

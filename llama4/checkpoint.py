@@ -7,24 +7,22 @@ piece by piece into the place where they stay (`tensor_reading`), and the module
 when all of them are there.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from aerie.kernels.linear import Linear
 from aerie.kernels.stream_launch import FP8
+from aerie.llama4.accounting import differences, fits
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.packing import Packing, Place, StoredInParts, linear_places
-from aerie.llama4.stored_tensors import MAX_LISTED, StoredTensor, stored_tensors
+from aerie.llama4.safetensors_header import StoredTensor
+from aerie.llama4.stored_tensors import MAX_LISTED, stored_tensors
 from aerie.llama4.tensor_reading import Copy, read, read_all
-
-READABLE = (torch.float16, torch.bfloat16, torch.float32)
-INTEGERS = (torch.int32, torch.int64)
+from aerie.llama4.weight_memory import empty_like
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -51,21 +49,21 @@ class Renaming:
         return name
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """A local checkpoint folder; a string `owner/name` that is none is fetched from the hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{path}: is a file; give the folder that holds config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise CheckpointError(f"{path}: no such folder, nor a hub id of the form owner/name")
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise CheckpointError(
-            f"{path}: no such folder, and fetching it as a hub id failed ({error})"
-        ) from error
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights are read: cast to `dtype`, onto `device`.
+
+    An `optional` tensor that is absent keeps the module's value. FP8 parameters take the files'
+    codes and scales as they are or, with `quantize`, are made from unquantised tensors on the way.
+    `check_finite` looks at every value; `progress` is told bytes read and bytes in all.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | str
+    optional: tuple[str, ...] = ()
+    quantize: bool = False
+    check_finite: bool = True
+    progress: Progress | None = None
 
 
 @torch.inference_mode(False)  # what is read by threads, which have no such mode, serves in either
@@ -73,39 +71,33 @@ def load_weights(
     module: nn.Module,
     folder: Path,
     renaming: Callable[[str], str | None],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    optional: tuple[str, ...] = (),
-    quantize: bool = False,
-    check_finite: bool = True,
-    progress: Progress | None = None,
+    options: LoadOptions,
 ) -> None:
-    """Replaces the (meta) parameters of `module` by the folder's tensors, cast to `dtype`.
+    """Replaces the (meta) parameters of `module` by the folder's tensors.
 
     They keep the strides of what they replace. Integer buffers such as a vocabulary map become
-    int64; an `optional` tensor that is absent keeps the module's value. FP8 parameters take the
-    files' codes and scales as they are or, with `quantize`, are made from unquantised tensors
-    on the way. Besides the result, the host holds a few megabytes (or one expert) per thread.
+    int64. Besides the result, the host holds a few megabytes (or one expert) per thread.
     Raises CheckpointError listing all that is wrong, and then the module is as it was.
     """
-    found = renamed(stored_tensors(folder), renaming)
+    found, quantize = renamed(stored_tensors(folder), renaming), options.quantize
     parameters = dict(_own_tensors(module))
     places = _places(module, parameters, found)
     if quantize:
         places = {name: place for name, place in places.items() if place.role != "scale"}
-    places = {name: p for name, p in places.items() if name in found or name not in optional}
-    problems = _differences(parameters, places, found, quantize)
-    filled = _allocate(parameters, places, dtype, "meta" if problems else device)
+    places = {n: p for n, p in places.items() if n in found or n not in options.optional}
+    problems = differences(parameters, places, found, quantize)
+    device = "meta" if problems else options.device
+    filled = _allocate(parameters, places, options.dtype, device)
     copies = [
         _copy(name, found[name], place, filled)
         for name, place in places.items()
-        if name in found and _fits(found[name], place, parameters, quantize)
+        if name in found and fits(found[name], place, parameters, quantize)
     ]
-    problems += read_all(copies, check_finite, progress)
+    problems += read_all(copies, options.check_finite, options.progress)
     if problems:
         listed = "\n  ".join(problems[:MAX_LISTED])
         raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
-    _assign(module, filled, device)
+    _assign(module, filled, options.device)
 
 
 def renamed(
@@ -162,84 +154,6 @@ def _places(
     return whole | parts
 
 
-def _differences(
-    parameters: Mapping[str, Tensor],
-    places: Mapping[str, Place],
-    found: Mapping[str, StoredTensor],
-    quantize: bool,
-) -> list[str]:
-    missing = [
-        f"{name}: missing{_scale_hint(name, places)}" for name in places if name not in found
-    ]
-    extra = [
-        f"{name}: unexpected{_origin(name, tensor)}{_format_hint(name)}"
-        for name, tensor in found.items()
-        if name not in places
-    ]
-    both = [(name, found[name], place) for name, place in places.items() if name in found]
-    shapes = [
-        f"{name}: shape {tensor.shape}, expected {' or '.join(map(str, place.shapes))}"
-        f"{_origin(name, tensor)}{_looks_transposed(tensor, place)}"
-        for name, tensor, place in both
-        if tensor.shape not in place.shapes
-    ]
-    kinds = [
-        f"{name}: {tensor.shown_dtype}, expected {_kind(allowed)}"
-        f"{_origin(name, tensor)}{_list_hint(tensor, allowed)}"
-        for name, tensor, place in both
-        if tensor.dtype not in (allowed := _allowed(place, parameters, quantize))
-    ]
-    return missing + extra + shapes + kinds
-
-
-def _scale_hint(name: str, places: Mapping[str, Place]) -> str:
-    is_scale = places[name].role == "scale"
-    return "; FP8 codes mean nothing without their scale" if is_scale else ""
-
-
-def _format_hint(name: str) -> str:
-    is_scale = name.endswith(("scale", "scale_inv", "scale_ub"))
-    return "; no FP8 weight takes it, says the quantization_config" if is_scale else ""
-
-
-def _list_hint(tensor: StoredTensor, allowed: tuple[torch.dtype, ...]) -> str:
-    if tensor.dtype == FP8:
-        return "; the quantization_config does not list it as FP8"
-    return "; the quantization_config lists it as FP8" if allowed == (FP8,) else ""
-
-
-def _origin(name: str, tensor: StoredTensor) -> str:
-    stored = "" if tensor.name == name else f" as {tensor.name!r}"
-    return f" [{tensor.file.name}{stored}]"
-
-
-def _looks_transposed(tensor: StoredTensor, place: Place) -> str:
-    swapped = (*tensor.shape[:-2], *reversed(tensor.shape[-2:]))
-    return "; it looks transposed" if swapped in place.shapes else ""
-
-
-def _fits(
-    tensor: StoredTensor, place: Place, parameters: Mapping[str, Tensor], quantize: bool
-) -> bool:
-    is_allowed = tensor.dtype in _allowed(place, parameters, quantize)
-    return tensor.shape in place.shapes and is_allowed
-
-
-def _allowed(
-    place: Place, parameters: Mapping[str, Tensor], quantize: bool
-) -> tuple[torch.dtype, ...]:
-    """The types that a tensor for this place may be stored in."""
-    if place.role == "codes" and not quantize:
-        return (FP8,)
-    is_whole = place.role == "value" and not parameters[place.parameter].is_floating_point()
-    return INTEGERS if is_whole else READABLE
-
-
-def _kind(allowed: tuple[torch.dtype, ...]) -> str:
-    *first, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
-    return f"{', '.join(first)} or {last}" if first else last
-
-
 def _allocate(
     parameters: Mapping[str, Tensor],
     places: Mapping[str, Place],
@@ -253,7 +167,7 @@ def _allocate(
     def room(name: str, tensor: Tensor) -> Tensor:
         own = FP8 if kept[name] == "codes" else torch.float32 if kept[name] == "scale" else dtype
         own = own if tensor.is_floating_point() else torch.int64
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=own, device=device)
+        return empty_like(tensor, own, device)
 
     return {name: room(name, tensor) for name, tensor in parameters.items() if name in kept}
 

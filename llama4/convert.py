@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aerie.llama4.checkpoint import resolve_folder
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.experts import WHOLES
 from aerie.llama4.fp8_layout import fp8_modules, hold_fp8
+from aerie.llama4.hub import resolve_folder
 from aerie.llama4.json_fields import CheckpointError, read_json
 from aerie.llama4.model import RENAME, Llama4ForCausalLM
 from aerie.llama4.quantization import (
@@ -34,6 +34,7 @@ from aerie.llama4.quantization import (
     quantized_on_load,
     read_quantization,
 )
+from aerie.llama4.safetensors_header import StoredTensor
 from aerie.llama4.safetensors_writing import (
     Planned,
     ShardWriter,
@@ -41,7 +42,7 @@ from aerie.llama4.safetensors_writing import (
     shard_name,
     write_index,
 )
-from aerie.llama4.stored_tensors import INDEX, StoredTensor, check_inside, stored_tensors
+from aerie.llama4.stored_tensors import INDEX, check_inside, stored_tensors
 from aerie.llama4.tensor_reading import PIECE_BYTES, read_rows
 from aerie.llama4.weight_quantization import BLOCK, quantize_weight
 

@@ -17,9 +17,10 @@ from aerie.kernels.rms_norm import NormedResidual, RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
-from aerie.llama4.checkpoint import Progress, Renaming, load_weights, resolve_folder
+from aerie.llama4.checkpoint import LoadOptions, Progress, Renaming, load_weights
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.fp8_layout import hold_fp8, take_kv_scales
+from aerie.llama4.hub import resolve_folder
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
 from aerie.llama4.moe import MoE
@@ -120,10 +121,12 @@ class Llama4ForCausalLM(nn.Module):
         *,
         quantize: Quantize | None = None,
         quantize_linears: bool = False,
+        revision: str | None = None,
         check_finite: bool = True,
         progress: Progress | None = None,
     ) -> "Llama4ForCausalLM":
-        """Loads a Hugging Face folder (or hub id), text-only or the text part of a multimodal one.
+        """Loads a Hugging Face folder, or a hub id (at a `revision`), text-only or the text part of
+        a multimodal one.
 
         FP8 checkpoints (`llama4/quantization.py`) stay as they are stored. `quantize` makes the
         experts of an unquantised one FP8 while they are read, "fp8" with a scale per output
@@ -132,7 +135,7 @@ class Llama4ForCausalLM(nn.Module):
         and finite (unless `check_finite` is off), and nothing may be left over. `progress` is told
         bytes read and bytes in all. Raises CheckpointError listing all that is wrong.
         """
-        folder = resolve_folder(path)
+        folder = resolve_folder(path, revision)
         config = Llama4Config.from_pretrained(folder)
         quantization = read_quantization(folder)
         if quantize is not None:
@@ -143,16 +146,14 @@ class Llama4ForCausalLM(nn.Module):
                 hold_fp8(model, quantization)
             if model.backend == "eager":
                 lay_out_for_eager(model)
-        load_weights(
-            model,
-            folder,
-            RENAME,
+        options = LoadOptions(
             dtype,
             device,
             quantize=quantize is not None,
             check_finite=check_finite,
             progress=progress,
         )
+        load_weights(model, folder, RENAME, options)
         if quantization is not None:
             take_kv_scales(model, folder, RENAME)
         return model

@@ -15,7 +15,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from aerie.llama4.stored_tensors import DTYPES, INDEX, SINGLE
+from aerie.llama4.safetensors_header import DTYPES
+from aerie.llama4.stored_tensors import INDEX, SINGLE
 
 KINDS = {dtype: kind for kind, (_, dtype) in DTYPES.items() if dtype is not None}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from aerie.kernels.stream_launch import FP8
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.packing import Place
-from aerie.llama4.stored_tensors import StoredTensor
+from aerie.llama4.safetensors_header import StoredTensor
 from aerie.llama4.weight_quantization import BLOCK, quantize_weight
 
 PIECE_BYTES = 4 * 2**20  # stays in the cache between reading, casting and checking
@@ -115,9 +115,11 @@ def _place_rows(file: int, copy: Copy, first: int, last: int) -> Tensor:
     if region.numel() != math.prod(source.shape):
         return region.copy_(_read_rows(file, source, first, last).reshape(()))
     piece = region[first:last]
-    if not _read_in_place(file, source, first, piece):
-        piece.copy_(_read_rows(file, source, first, last))
-    return piece
+    if _read_in_place(file, source, first, piece):
+        return piece
+    rows = _read_rows(file, source, first, last)
+    piece.copy_(rows)
+    return rows if rows.dtype == piece.dtype else piece  # rows are dense and still in the cache
 
 
 def _quantize_rows(copy: Copy, rows: Tensor, first: int, last: int) -> None:
@@ -195,10 +197,11 @@ def _fill(file: int, source: StoredTensor, first_row: int, memory: Tensor) -> No
 
 def _count_not_finite(piece: Tensor) -> int:
     """Extremes first: they see every NaN and infinity at the speed of memory."""
-    if piece.dtype == FP8:
-        return int(((piece.view(torch.uint8) & 0x7F) == 0x7F).sum())  # its only NaN, twice
     if not piece.is_floating_point() or piece.numel() == 0:
         return 0
+    if piece.dtype == FP8:
+        magnitudes = piece.view(torch.uint8) & 0x7F
+        return int((magnitudes == 0x7F).sum()) if magnitudes.max() == 0x7F else 0  # its only NaN
     if torch.stack(torch.aminmax(piece)).isfinite().all():
         return 0
     return int(piece.numel() - piece.isfinite().sum())

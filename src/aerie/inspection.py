@@ -27,12 +27,13 @@ from aerie.eagle3.formats import LAYER_KEY
 from aerie.eagle3.reading import Decision
 from aerie.eagle3.registry import EAGLE3_KEYS, resolve
 from aerie.kernels.head_rows import ids_from_offsets
-from aerie.llama4.checkpoint import load_weights
+from aerie.llama4.checkpoint import LoadOptions, load_weights
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.json_fields import CheckpointError, read_json, strings
 from aerie.llama4.kv_plan import plan_pools
 from aerie.llama4.model import Llama4ForCausalLM
-from aerie.llama4.stored_tensors import StoredTensor, stored_tensors
+from aerie.llama4.safetensors_header import StoredTensor
+from aerie.llama4.stored_tensors import stored_tensors
 
 T = TypeVar("T")
 USUAL_DEPTH = 48  # Scout's and Maverick's, where no target is given
@@ -179,7 +180,10 @@ def _inspect_draft_tensors(
     found.attempt(lambda: check_is_dense(names))
     found.attempt(
         lambda: load_weights(
-            draft, folder, renaming(parts), torch.float32, "meta", optional_tensors(config)
+            draft,
+            folder,
+            renaming(parts),
+            LoadOptions(torch.float32, "meta", optional_tensors(config)),
         )
     )
     d2t_U = found.attempt(lambda: read_vocabulary_map(folder, config))

@@ -15,7 +15,7 @@ from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
 from aerie.kernels.backend import Backend
-from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.hub import resolve_folder
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aerie.llama4.checkpoint import resolve_folder
 from aerie.llama4.config import Llama4Config
+from aerie.llama4.hub import resolve_folder
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.model import Llama4ForCausalLM
 

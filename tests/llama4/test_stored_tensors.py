@@ -15,7 +15,7 @@ from safetensors.torch import load, save_file
 
 from aerie.llama4.checkpoint import read_tensors
 from aerie.llama4.json_fields import CheckpointError
-from aerie.llama4.stored_tensors import read_header
+from aerie.llama4.safetensors_header import read_header
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4, dtype=torch.int8)}

@@ -8,7 +8,7 @@ import typer
 
 from aerie import inspection
 from aerie.commands.shared import JsonOption, exit_code_2_on_bad_input, stdout
-from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.hub import resolve_folder
 from aerie.report import key_value_table
 
 

@@ -23,7 +23,7 @@ from aerie.commands.shared import (
 from aerie.eagle3.probe import Diagnosis
 from aerie.eagle3.probe import probe as probe_draft
 from aerie.eagle3.speculation import SpeculativeConfig
-from aerie.llama4.checkpoint import resolve_folder
+from aerie.llama4.hub import resolve_folder
 from aerie.run import device_named, dtype_named, load_target
 from aerie.text import load_tokenizer
 
