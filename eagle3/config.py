@@ -14,7 +14,7 @@ from typing import Any
 
 from aerie.eagle3.config_fields import ConfigFields, FeatureNorm
 from aerie.eagle3.formats import Format, flatten
-from aerie.eagle3.reading import AS_WRITTEN, Decision, Reading, TapConvention
+from aerie.eagle3.reading import AS_WRITTEN, Decision, DraftMultimodal, Reading, TapConvention
 from aerie.eagle3.registry import LayerKind
 from aerie.llama4.attention_config import AttentionSpec, RopeConfig
 from aerie.llama4.json_fields import read_fields, read_json
@@ -46,6 +46,11 @@ class Eagle3Config:
     format: Format = "raw"
     reading: Reading = AS_WRITTEN
     decisions: tuple[Decision, ...] = field(default=(), compare=False)
+
+    @property
+    def draft_multimodal(self) -> DraftMultimodal:
+        """What the draft sees at image placeholders: the target's features or text embeddings."""
+        return self.reading.draft_multimodal or "merged"
 
     @classmethod
     def from_pretrained(

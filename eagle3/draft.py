@@ -48,6 +48,7 @@ from aerie.llama4.attention import Attention
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
 from aerie.llama4.hub import resolve_folder
+from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.json_fields import CheckpointError, read_fields
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
@@ -243,14 +244,39 @@ class Eagle3Llama4ForCausalLM(nn.Module):
                 return self.fc(aux_hidden_states, TapNorm(weights, eps))
         return self.fc(aux_hidden_states)
 
-    def forward(self, input_ids_T: Tensor, hidden_states_TD: Tensor, step: Step) -> DraftOutput:
-        """One pass: each row takes its hidden state and the token of the *next* position."""
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        hidden_states_TD: Tensor,
+        step: Step,
+        inputs_embeds_TD: Tensor | None = None,
+    ) -> DraftOutput:
+        """One pass: each row takes its hidden state and the token of the *next* position.
+
+        `inputs_embeds_TD`, where that token is an image's, stands in place of its embeddings.
+        """
         turns = self._rotation(step.rows.positions_T, self.inv_freq)
         table_VD = self.embed_tokens.weight
+        if inputs_embeds_TD is not None:  # a table of its own, read row by row
+            table_VD = inputs_embeds_TD
+            input_ids_T = torch.arange(len(table_VD), device=table_VD.device)
         stream = self.midlayer(input_ids_T, table_VD, hidden_states_TD, turns, step)
         last = self.norm.add(stream.delta_TD, stream.residual_TD)
         next_hidden_TD = last.normed_TD if self.config.norm_output else last.residual_TD
         return DraftOutput(last.normed_TD, next_hidden_TD)
+
+    def merged_embeddings(
+        self, next_ids_T: Tensor, start: int, images: ImageFeatures | None
+    ) -> Tensor | None:
+        """What the rows from slot `start` on see: their tokens' embeddings, and image features
+        where an image's are. None if there are none, or this draft sees placeholders as text.
+        """
+        first = start + 1  # a row carries the token of the next position
+        if images is None or self.config.draft_multimodal == "text":
+            return None
+        if not images.reach(first, first + len(next_ids_T)):
+            return None
+        return images.over(self.embed_tokens(next_ids_T), first)
 
     def top_tokens(self, post_norm_TD: Tensor, k: int) -> DraftTokens:
         """The k likeliest next tokens of each row as target ids, with draft log-probabilities."""

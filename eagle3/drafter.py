@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.tree import DraftTree, chain
+from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_scales import KVCacheDtype
 
 
@@ -22,7 +23,12 @@ class Drafter(Protocol):
 
     tap_layers: tuple[int, ...]  # inputs of target layers it wants to observe
 
-    def observe(self, aux_hidden_states: Sequence[Tensor], next_ids_T: Tensor) -> None: ...
+    def observe(
+        self,
+        aux_hidden_states: Sequence[Tensor],
+        next_ids_T: Tensor,
+        images: ImageFeatures | None = None,
+    ) -> None: ...
 
     def propose(self, num_tokens: int) -> DraftTree: ...
 
@@ -35,7 +41,12 @@ class NoDrafter:
     def __init__(self, device: torch.device) -> None:
         self._nothing = chain(torch.empty(0, dtype=torch.int64, device=device))
 
-    def observe(self, aux_hidden_states: Sequence[Tensor], next_ids_T: Tensor) -> None:
+    def observe(
+        self,
+        aux_hidden_states: Sequence[Tensor],
+        next_ids_T: Tensor,
+        images: ImageFeatures | None = None,
+    ) -> None:
         """Nothing to learn from."""
 
     def propose(self, num_tokens: int) -> DraftTree:
@@ -69,10 +80,17 @@ class ChainDrafter:
         self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
         self._last: Level | None = None
 
-    def observe(self, aux_hidden_states: Sequence[Tensor], next_ids_T: Tensor) -> None:
-        """Catches up on committed positions: their taps and, for each, the token after it."""
+    def observe(
+        self,
+        aux_hidden_states: Sequence[Tensor],
+        next_ids_T: Tensor,
+        images: ImageFeatures | None = None,
+    ) -> None:
+        """Catches up on committed positions: their taps and, for each, the token after it, or the
+        feature where the prompt's `images` stand there."""
         hidden_TD = self.draft.combine_hidden_states(aux_hidden_states)
-        self._last = self._pass(next_ids_T, hidden_TD)
+        embeds_TD = self.draft.merged_embeddings(next_ids_T, self.cache.lengths[0], images)
+        self._last = self._pass(next_ids_T, hidden_TD, embeds_TD)
 
     def propose(self, num_tokens: int) -> DraftTree:
         """The likeliest continuation of `num_tokens` tokens, as the draft sees it."""
@@ -90,10 +108,10 @@ class ChainDrafter:
         self.cache.rollback(0, committed)
         return chain(torch.cat(tokens)[:num_tokens], torch.cat(logprobs)[:num_tokens].cumsum(0))
 
-    def _pass(self, ids_T: Tensor, hidden_TD: Tensor) -> Level:
+    def _pass(self, ids_T: Tensor, hidden_TD: Tensor, embeds_TD: Tensor | None = None) -> Level:
         """What the last row yields; all rows stay in the draft's cache."""
         num_rows = len(ids_T)
-        output = self.draft(ids_T, hidden_TD, self.cache.causal_step(num_rows))
+        output = self.draft(ids_T, hidden_TD, self.cache.causal_step(num_rows), embeds_TD)
         self.cache.commit(0, range(num_rows))
         top = self.draft.top_tokens(output.post_norm_TD[-1:], 1)
         return Level(output.next_hidden_TD[-1:], top.ids_TA.flatten(), top.logprobs_TA[:, 0])

@@ -22,6 +22,7 @@ from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.stats import Stats
 from aerie.eagle3.verify import Verified, Verifier
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
+from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 
@@ -64,21 +65,25 @@ class Decoding:
         policy: Policy | None = None,
         sampling: SamplingParams | None = None,
         detokenize: Detokenize | None = None,
+        images: ImageFeatures | None = None,
     ) -> None:
         """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain.
 
         `policy` None is a chain of `num_speculative_tokens`. `kv_cache_dtype` is that of the
         target's cache and of the draft's. `sampling` None is greedy. The token limit is
-        `max_new_tokens` or `sampling.max_tokens`.
+        `max_new_tokens` or `sampling.max_tokens`. `images` stand at placeholders of the prompt.
         """
         sampling = SamplingParams() if sampling is None else sampling
         max_new_tokens = _token_limit(max_new_tokens, sampling)
         _check_prompt(prompt_ids, max_new_tokens, target)
+        if images is not None:
+            _check_images(images, prompt_ids, target, draft)
         sampling.check_vocabulary(target.config.vocab_size)
         self.policy = Chain(num_speculative_tokens) if policy is None else policy
         self.context = target.config.max_position_embeddings
         self.device = target.lm_head.weight.device
         self.prompt_ids = list(prompt_ids)
+        self.images = images
         eos = target.config.eos_token_ids if eos_token_ids is None else eos_token_ids
         self.ends = Ends(
             frozenset(eos),
@@ -124,7 +129,7 @@ class Decoding:
     def _round(self, last: Verified) -> Verified:
         """Draft from what the last pass committed, verify, book."""
         with self.stats.timed("draft"):
-            self.drafter.observe(last.aux_hidden_states, self._ids(last.next_ids))
+            self.drafter.observe(last.aux_hidden_states, self._ids(last.next_ids), self.images)
             draft = self.drafter.propose(self._room())
         with self.stats.timed("verify"):
             verified = self.verifier.verify(self._ids(last.tokens[-1:]), draft)
@@ -142,10 +147,11 @@ class Decoding:
             for start in range(0, len(self.prompt_ids), PREFILL_ROWS)
         ]
         for part, following in pairwise([*parts, []]):
-            verified = self.verifier.prefill(part, following)
+            verified = self.verifier.prefill(part, following, self.images)
             self.stats.num_target_passes += 1
             if following:
-                self.drafter.observe(verified.aux_hidden_states, self._ids(verified.next_ids))
+                next_ids = self._ids(verified.next_ids)
+                self.drafter.observe(verified.aux_hidden_states, next_ids, self.images)
         return verified
 
     def _keep(self, run: list[int]) -> list[int]:
@@ -177,6 +183,7 @@ def generate(
     policy: Policy | None = None,
     sampling: SamplingParams | None = None,
     detokenize: Detokenize | None = None,
+    images: ImageFeatures | None = None,
 ) -> Generation:
     """Decodes one prompt; with a `draft`, the same tokens in fewer target passes.
 
@@ -195,6 +202,7 @@ def generate(
         policy=policy,
         sampling=sampling,
         detokenize=detokenize,
+        images=images,
     )
     tokens = [token for burst in decoding for token in burst]
     assert decoding.finish_reason is not None
@@ -237,3 +245,28 @@ def _check_prompt(
         raise ValueError(f"prompt_ids: must lie in 0..{vocab_size - 1}, got {outside[:5]}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+
+
+def _check_images(
+    images: ImageFeatures,
+    prompt_ids: Sequence[int],
+    target: Llama4ForCausalLM,
+    draft: Eagle3Llama4ForCausalLM | None,
+) -> None:
+    """Raises ValueError for image rows that prompt, target or draft cannot take."""
+    width = target.config.hidden_size
+    if images.rows_FD.shape[1] != width:
+        raise ValueError(
+            f"images: rows of width {images.rows_FD.shape[1]}, the target's is {width}"
+        )
+    if images.positions and images.positions[-1] >= len(prompt_ids):
+        raise ValueError(
+            f"images: reach position {images.positions[-1]} of a prompt of {len(prompt_ids)} tokens"
+        )
+    if draft is None or draft.config.draft_multimodal == "text":
+        return
+    if draft.config.hidden_size != width:
+        raise ValueError(
+            f"draft: of width {draft.config.hidden_size}, cannot take image features of the "
+            f'target\'s {width}; load it with "draft_multimodal": "text"'
+        )

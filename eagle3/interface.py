@@ -2,7 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.kv_scales import KVCacheDtype
@@ -23,10 +23,18 @@ class SupportsEagle3(Protocol):
 
     def get_eagle3_aux_hidden_state_layers(self) -> tuple[int, ...]: ...
 
+    def get_language_model(self) -> nn.Module: ...
+
+    def get_input_embeddings(self, input_ids_T: Tensor) -> Tensor: ...
+
     def allocate_cache(
         self, max_length: int, *, max_step_rows: int, kv_cache_dtype: KVCacheDtype
     ) -> PagedKVCache: ...
 
     def __call__(
-        self, input_ids_T: Tensor, step: Step, logit_rows: Tensor | None = None
+        self,
+        input_ids_T: Tensor,
+        step: Step,
+        logit_rows: Tensor | None = None,
+        inputs_embeds_TD: Tensor | None = None,
     ) -> Llama4Output: ...

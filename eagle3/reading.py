@@ -16,6 +16,7 @@ TapConvention = Literal["output_of", "input_to"]  # id i: output of layer i; or 
 InputOrder = Literal["embedding_first", "hidden_first"]
 VocabularyMap = Literal["offsets", "target_ids", "membership", "identity"]
 HeadSource = Literal["own", "target"]
+DraftMultimodal = Literal["merged", "text"]
 
 logger = logging.getLogger("aerie.eagle3")
 
@@ -46,7 +47,9 @@ class Reading:
 
     `vocabulary_map` says what `d2t` holds: offsets to the draft id (the published format), target
     ids, nothing of use beside `t2d` ("membership"), or nothing at all ("identity"). `lm_head`
-    "target" cuts the head out of the target's; "own" insists on one in the file.
+    "target" cuts the head out of the target's; "own" insists on one in the file. Behind an image a
+    draft sees the target's features ("merged", the default) or, trained on text only, the
+    placeholders' own embeddings ("text"): `draft_multimodal`.
     """
 
     tap_ids: tuple[int, ...] | None = None
@@ -57,6 +60,7 @@ class Reading:
     input_order: InputOrder | None = None
     vocabulary_map: VocabularyMap | None = None
     lm_head: HeadSource | None = None
+    draft_multimodal: DraftMultimodal | None = None
 
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():
@@ -96,6 +100,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "input_order": get_args(InputOrder),
     "vocabulary_map": get_args(VocabularyMap),
     "lm_head": get_args(HeadSource),
+    "draft_multimodal": get_args(DraftMultimodal),
 }
 KEYS = tuple(field.name for field in fields(Reading))
 AS_WRITTEN = Reading()

@@ -19,6 +19,7 @@ from torch import Tensor
 from aerie.eagle3.draft import DraftOutput, Eagle3Llama4ForCausalLM
 from aerie.eagle3.tree import DraftTree, best_nodes, chain
 from aerie.llama4.cache import DeviceTree, Tree
+from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_scales import KVCacheDtype
 
 
@@ -64,10 +65,17 @@ class TreeDrafter:
         self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
         self._last: DraftOutput | None = None
 
-    def observe(self, aux_hidden_states: Sequence[Tensor], next_ids_T: Tensor) -> None:
-        """Catches up on committed positions: their taps and, for each, the token after it."""
+    def observe(
+        self,
+        aux_hidden_states: Sequence[Tensor],
+        next_ids_T: Tensor,
+        images: ImageFeatures | None = None,
+    ) -> None:
+        """As `ChainDrafter.observe`."""
         hidden_TD = self.draft.combine_hidden_states(aux_hidden_states)
-        output = self.draft(next_ids_T, hidden_TD, self.cache.causal_step(len(next_ids_T)))
+        embeds_TD = self.draft.merged_embeddings(next_ids_T, self.cache.lengths[0], images)
+        step = self.cache.causal_step(len(next_ids_T))
+        output = self.draft(next_ids_T, hidden_TD, step, embeds_TD)
         self.cache.commit(0, range(len(next_ids_T)))
         self._last = DraftOutput(output.post_norm_TD[-1:], output.next_hidden_TD[-1:])
 

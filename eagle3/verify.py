@@ -16,6 +16,7 @@ from aerie.eagle3.tree import DraftTree
 from aerie.kernels.accept import accept, accept_ref
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.llama4.cache import PagedKVCache
+from aerie.llama4.image_features import ImageFeatures
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,26 @@ class Verifier:
         self.sampler = sampler
         self._accept = pick(backend, accept, accept_ref)
 
-    def prefill(self, ids: Sequence[int], following: Sequence[int] = ()) -> Verified:
-        """Commits known tokens; `following` starts with the next known one, if there is one."""
+    def prefill(
+        self,
+        ids: Sequence[int],
+        following: Sequence[int] = (),
+        images: ImageFeatures | None = None,
+    ) -> Verified:
+        """Commits known tokens, or those of the prompt's `images` that stand among them.
+
+        `following` starts with the next known token, if there is one.
+        """
+        start = self.cache.lengths[0]
         step = self.cache.causal_step(len(ids))
         device = step.slots_T.device
         ids_T = torch.tensor(ids, device=device)
+        embeds_TD = None
+        if images is not None and images.reach(start, start + len(ids)):
+            embeds_TD = images.over(self.target.get_input_embeddings(ids_T), start)
         last_row = torch.tensor([len(ids) - 1], device=device)
         self.target.set_aux_hidden_state_layers(self.tap_layers)
-        output = self.target(ids_T, step, last_row)
+        output = self.target(ids_T, step, last_row, embeds_TD)
         path = list(range(len(ids)))
         self.cache.commit(0, path)
         if following:

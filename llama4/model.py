@@ -158,23 +158,39 @@ class Llama4ForCausalLM(nn.Module):
             take_kv_scales(model, folder, RENAME)
         return model
 
+    def get_language_model(self) -> "Llama4ForCausalLM":
+        """Itself; a multimodal target has one inside."""
+        return self
+
+    def get_input_embeddings(self, input_ids_T: Tensor) -> Tensor:
+        """The ids' embeddings [T, D]."""
+        return self.model.embed_tokens(input_ids_T)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations and of every weight that is not FP8."""
         return self.model.norm.weight.dtype
 
     def forward(
-        self, input_ids_T: Tensor, step: Step, logit_rows: Tensor | None = None
+        self,
+        input_ids_T: Tensor,
+        step: Step,
+        logit_rows: Tensor | None = None,
+        inputs_embeds_TD: Tensor | None = None,
     ) -> Llama4Output:
         """One pass over the T rows of `step` (see `PagedKVCache.causal_step` and `tree_step`).
 
         `logit_rows` (int64) picks the rows whose logits [.., V] are wanted; all if None. The taps
-        set by `set_aux_hidden_state_layers` are returned for all rows.
+        set by `set_aux_hidden_state_layers` are returned for all rows. `inputs_embeds_TD`, where
+        images are among the rows, stands in place of the ids' embeddings.
         """
         aux: dict[int, Tensor] = {}
         model = self.model
         turns = model.rotation(step.rows.positions_T)
-        stream = LayerOutput(model.embed_tokens(input_ids_T), None)
+        embeds_TD = inputs_embeds_TD
+        if embeds_TD is None:
+            embeds_TD = model.embed_tokens(input_ids_T)
+        stream = LayerOutput(embeds_TD, None)
         for index, layer in enumerate(model.layers):
             entry = layer.input_layernorm.add(stream.delta_TD, stream.residual_TD)
             if index in self._aux_layers:

@@ -90,7 +90,7 @@ class ScriptedDrafter:
     known: int = 0
     tap_layers: tuple[int, ...] = ()
 
-    def observe(self, aux_hidden_states, next_ids_T) -> None:
+    def observe(self, aux_hidden_states, next_ids_T, images=None) -> None:
         # of the prompt's rows only the last one is followed by a generated token
         self.known += len(next_ids_T) if self.known else 1
 
