@@ -4,7 +4,6 @@ The draft's keys and values of guessed rows come from its own guesses of the tar
 They are forgotten after every round and rebuilt from true features in the next first pass.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.tree import DraftTree, chain
+from aerie.eagle3.tree import DraftTree, GoesOn, chain
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_scales import KVCacheDtype
 
@@ -71,10 +70,10 @@ class ChainDrafter:
         max_length: int,
         tap_layers: tuple[int, ...] = (),
         kv_cache_dtype: KVCacheDtype = "auto",
-        confidence_threshold: float = 0.0,
+        goes_on: GoesOn | None = None,
     ) -> None:
         """`tap_layers` as `draft.tap_layers(target)` gives them."""
-        self.confidence_threshold = confidence_threshold
+        self.goes_on = goes_on
         self.draft = draft
         self.tap_layers = tap_layers
         self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
@@ -96,17 +95,15 @@ class ChainDrafter:
         """The likeliest continuation of `num_tokens` tokens, as the draft sees it."""
         assert self._last is not None, "observe comes first"
         level, committed = self._last, self.cache.lengths[0]
-        tokens, logprobs, logprob = [level.token_T], [level.logprob_T], 0.0
+        tokens, scores = [level.token_T], [level.logprob_T]
         while len(tokens) < num_tokens:
-            if self.confidence_threshold > 0:  # reads the device, one number a level
-                logprob += level.logprob_T.item()
-                if logprob < math.log(self.confidence_threshold):
-                    break
+            if self.goes_on is not None and not self.goes_on(scores[-1]):
+                break
             level = self._pass(level.token_T, level.hidden_TD)
             tokens.append(level.token_T)
-            logprobs.append(level.logprob_T)
+            scores.append(scores[-1] + level.logprob_T)
         self.cache.rollback(0, committed)
-        return chain(torch.cat(tokens)[:num_tokens], torch.cat(logprobs)[:num_tokens].cumsum(0))
+        return chain(torch.cat(tokens)[:num_tokens], torch.cat(scores)[:num_tokens])
 
     def _pass(self, ids_T: Tensor, hidden_TD: Tensor, embeds_TD: Tensor | None = None) -> Level:
         """What the last row yields; all rows stay in the draft's cache."""

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import ChainDrafter, Drafter
+from aerie.eagle3.tree import GoesOn
 from aerie.eagle3.tree_drafter import DynamicTreeDrafter, StaticTreeDrafter
 from aerie.kernels.draft_vocab import MAX_K
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
@@ -19,7 +22,10 @@ MAX_SPECULATIVE_TOKENS = MAX_TREE_ROWS - 1  # the root is a row of the verified 
 
 
 class Policy(Protocol):
-    """`depth` levels at most; `num_rows` rows at most stand uncommitted in either cache."""
+    """`depth` levels at most; `num_rows` rows at most stand uncommitted in either cache.
+
+    A drafter deepens as long as the confidence threshold and `goes_on` want it.
+    """
 
     @property
     def depth(self) -> int: ...
@@ -33,6 +39,7 @@ class Policy(Protocol):
         max_length: int,
         tap_layers: tuple[int, ...],
         kv_cache_dtype: KVCacheDtype,
+        goes_on: GoesOn | None = None,
     ) -> Drafter: ...
 
 
@@ -56,10 +63,9 @@ class Chain:
 
     num_rows = depth
 
-    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype) -> Drafter:
-        return ChainDrafter(
-            draft, max_length, tap_layers, kv_cache_dtype, self.confidence_threshold
-        )
+    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype, goes_on=None) -> Drafter:
+        stop = _both(self.confidence_threshold, goes_on)
+        return ChainDrafter(draft, max_length, tap_layers, kv_cache_dtype, stop)
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,12 @@ class StaticTree:
     def num_rows(self) -> int:
         return len(self.speculative_token_tree)
 
-    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype) -> Drafter:
+    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype, goes_on=None) -> Drafter:
         width = 1 + max(rank for path in self.speculative_token_tree for rank in path)
         _check_vocabulary("speculative_token_tree", width, draft)
         paths = [tuple(path) for path in self.speculative_token_tree]
-        arguments = draft, max_length, tap_layers, kv_cache_dtype
-        return StaticTreeDrafter(paths, self.confidence_threshold, *arguments)
+        stop = _both(self.confidence_threshold, goes_on)
+        return StaticTreeDrafter(paths, draft, max_length, tap_layers, kv_cache_dtype, stop)
 
 
 @dataclass(frozen=True)
@@ -144,11 +150,11 @@ class DynamicTree:
     def num_rows(self) -> int:
         return max(self.num_speculative_tokens, self.eagle_topk * (self.num_steps - 1))
 
-    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype) -> Drafter:
+    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype, goes_on=None) -> Drafter:
         _check_vocabulary("eagle_topk", self.eagle_topk, draft)
         arguments = draft, max_length, tap_layers, kv_cache_dtype
-        sizes = self.num_speculative_tokens, self.eagle_topk, self.confidence_threshold
-        return DynamicTreeDrafter(*sizes, *arguments)
+        stop = _both(self.confidence_threshold, goes_on)
+        return DynamicTreeDrafter(self.num_speculative_tokens, self.eagle_topk, *arguments, stop)
 
 
 def check_num_speculative_tokens(k: object) -> None:
@@ -157,6 +163,17 @@ def check_num_speculative_tokens(k: object) -> None:
         raise ValueError(
             f"num_speculative_tokens: must be an integer 1..{MAX_SPECULATIVE_TOKENS}, got {k!r}"
         )
+
+
+def _both(threshold: float, goes_on: GoesOn | None) -> GoesOn | None:
+    """Whether a node has a probability of `threshold`, and what else is asked."""
+    if threshold == 0:
+        return goes_on
+
+    def is_confident(scores_K: Tensor) -> bool:
+        return float(scores_K.max().exp()) >= threshold and (goes_on is None or goes_on(scores_K))
+
+    return is_confident
 
 
 def _check_threshold(threshold: object) -> None:

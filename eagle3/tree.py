@@ -1,11 +1,16 @@
 """What a drafter hands to verification: drafted tokens and how they hang together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aerie.llama4.cache import DeviceTree, Tree
+
+# Asked behind every level but the last, with the log-probabilities of the paths to its nodes [K]:
+# is another level worth drafting? An answer reads the device, so a drafter may have none to ask.
+GoesOn = Callable[[Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,12 @@ class DraftTree:
         if isinstance(self.shape, DeviceTree):
             return self.shape.parents_N
         return torch.tensor(self.shape.parents, device=self.tokens_N.device)
+
+    def depths(self) -> Tensor:
+        """The level of every node, 1 for the root's children, where the tokens are."""
+        if isinstance(self.shape, DeviceTree):
+            return self.shape.depths_N[1:]
+        return torch.tensor(self.shape.depths()[1:], device=self.tokens_N.device)
 
 
 def chain(tokens_N: Tensor, scores_N: Tensor | None = None) -> DraftTree:
@@ -50,6 +61,15 @@ def best_nodes(
     parents_N = torch.cat((parents_N[:1] - 1, parents_N[1:]))
     shape = DeviceTree(parents_N, depths_N, words_N)
     return DraftTree(tokens_M[kept_N], shape, depth, scores_M[kept_N])
+
+
+def best_part(tree: DraftTree, count: int, depth: int) -> DraftTree:
+    """The `count` best nodes of `tree`, none of them deeper than `depth`, by its scores."""
+    assert tree.scores_N is not None, "cut by scores, which this drafter does not give"
+    if tree.depth == len(tree.tokens_N):
+        return chain(tree.tokens_N[:count], tree.scores_N[:count])
+    parents_N = tree.parents()[1:] - 1
+    return best_nodes(tree.tokens_N, tree.scores_N, parents_N, tree.depths(), count, depth)
 
 
 def ancestor_words(parents_N: Tensor, depth: int) -> Tensor:

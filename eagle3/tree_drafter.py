@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.draft import DraftOutput, Eagle3Llama4ForCausalLM
-from aerie.eagle3.tree import DraftTree, best_nodes, chain
+from aerie.eagle3.tree import DraftTree, GoesOn, best_nodes, chain
 from aerie.llama4.cache import DeviceTree, Tree
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_scales import KVCacheDtype
@@ -59,8 +59,10 @@ class TreeDrafter:
         max_length: int,
         tap_layers: tuple[int, ...],
         kv_cache_dtype: KVCacheDtype,
+        goes_on: GoesOn | None = None,
     ) -> None:
         self.draft = draft
+        self.goes_on = goes_on
         self.tap_layers = tap_layers
         self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
         self._last: DraftOutput | None = None
@@ -79,6 +81,9 @@ class TreeDrafter:
         self.cache.commit(0, range(len(next_ids_T)))
         self._last = DraftOutput(output.post_norm_TD[-1:], output.next_hidden_TD[-1:])
 
+    def _is_last(self, level: int, num_levels: int, scores_K: Tensor) -> bool:
+        return level == num_levels or (self.goes_on is not None and not self.goes_on(scores_K))
+
     def _begin(self) -> tuple[DraftOutput, Frontier]:
         assert self._last is not None, "observe comes first"
         hidden_0D = self._last.next_hidden_TD[:0]
@@ -93,9 +98,9 @@ class TreeDrafter:
 class DynamicTreeDrafter(TreeDrafter):
     """EAGLE-2's trees of `num_nodes` nodes, `topk` children to an expanded node."""
 
-    def __init__(self, num_nodes: int, topk: int, threshold: float, *draft_and_cache) -> None:
+    def __init__(self, num_nodes: int, topk: int, *draft_and_cache) -> None:
         super().__init__(*draft_and_cache)
-        self.num_nodes, self.topk, self.threshold = num_nodes, topk, threshold
+        self.num_nodes, self.topk = num_nodes, topk
 
     def propose(self, num_tokens: int) -> DraftTree:
         """A tree of at most `num_tokens` levels."""
@@ -113,7 +118,7 @@ class DynamicTreeDrafter(TreeDrafter):
             scores.append(score.flatten())
             parents.append(expanded_K.repeat_interleave(k))
             sizes.append(len(tokens[-1]))
-            if level == num_tokens or self._is_unsure(scores[-1]):
+            if self._is_last(level, num_tokens, scores[-1]):
                 break
             best_K = scores[-1].sort(descending=True, stable=True).indices[:k]
             hidden_KD = output.next_hidden_TD[-len(expanded_K) :][best_K // k]
@@ -126,10 +131,6 @@ class DynamicTreeDrafter(TreeDrafter):
         levels = [torch.full((size,), i, device=device) for i, size in enumerate(sizes, start=1)]
         pool = (torch.cat(part) for part in (tokens, scores, parents, levels))
         return best_nodes(*pool, count=self.num_nodes, depth=len(sizes))
-
-    def _is_unsure(self, scores: Tensor) -> bool:
-        """Reads the device, one number a level, only where a threshold is set."""
-        return self.threshold > 0 and scores.max().exp().item() < self.threshold
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,14 @@ class _Level:
 class StaticTreeDrafter(TreeDrafter):
     """Trees of one shape: `paths` of ranks, each with its beginnings, shorter before longer."""
 
-    def __init__(
-        self, paths: Sequence[tuple[int, ...]], threshold: float, *draft_and_cache
-    ) -> None:
+    def __init__(self, paths: Sequence[tuple[int, ...]], *draft_and_cache) -> None:
         super().__init__(*draft_and_cache)
-        self.threshold = threshold
         device = self.draft.lm_head.weight.device
         rows = {path: row for row, path in enumerate([(), *paths])}
         self._parents = [-1, *(rows[path[:-1]] for path in paths)]
         with_children = {path[:-1] for path in paths}
-        expanded, self._levels = [()], []
+        expanded: list[tuple[int, ...]] = [()]
+        self._levels: list[_Level] = []
         for depth in range(1, max(map(len, paths)) + 1):
             nodes = [path for path in paths if len(path) == depth]
             numbers = [i for i, path in enumerate(nodes) if path in with_children]
@@ -176,8 +175,7 @@ class StaticTreeDrafter(TreeDrafter):
             tokens.append(top.ids_TA[level.parent_K, level.rank_K])
             score_K = score_K[level.parent_K] + top.logprobs_TA[level.parent_K, level.rank_K]
             scores.append(score_K)
-            is_unsure = self.threshold > 0 and score_K.max().exp().item() < self.threshold
-            if depth == min(num_tokens, len(self._levels)) or is_unsure:
+            if self._is_last(depth, min(num_tokens, len(self._levels)), score_K):
                 break
             parent_K = level.parent_K[level.expanded_K]
             rows_K = parent_K + len(frontier.tokens_F) - num_expanded
