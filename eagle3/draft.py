@@ -41,6 +41,7 @@ from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
 from aerie.kernels.embedding import Embedding
 from aerie.kernels.linear import Linear
+from aerie.kernels.module import Module
 from aerie.kernels.qkv_projection import qkv_projection, qkv_projection_ref
 from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
@@ -66,7 +67,7 @@ class DraftOutput:
     next_hidden_TD: Tensor
 
 
-class Eagle3DecoderLayer(nn.Module):
+class Eagle3DecoderLayer(Module):
     """The draft's layer: attention over [embedding, hidden state], then a dense SwiGLU."""
 
     def __init__(self, config: Eagle3Config, backend: ResolvedBackend) -> None:
@@ -101,7 +102,7 @@ class Eagle3DecoderLayer(nn.Module):
         return LayerOutput(self.mlp(middle.normed_TD), middle.residual_TD)
 
 
-class Eagle3Llama4ForCausalLM(nn.Module):
+class Eagle3Llama4ForCausalLM(Module):
     """An Eagle3 draft for a Llama 4 target; parameter names are those of raw checkpoints."""
 
     d2t: Tensor

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from aerie.kernels.aux_projection_kernel import MAX_TAPS, _aux_projection_kernel
 from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
+from aerie.kernels.module import Module
 from aerie.kernels.rms_norm import rms_norm_ref
 from aerie.kernels.stream_launch import (
     LaunchConfig,
@@ -224,7 +225,7 @@ def _checked_gains(norm: Norm | None, taps: Sequence[Tensor]) -> list[Tensor]:
     return list(norm.weights)
 
 
-class AuxProjection(nn.Module):
+class AuxProjection(Module):
     """`aux_projection` with its weight ([width_out, num_taps * width_in]) and optional bias."""
 
     def __init__(

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from aerie.kernels.backend import ResolvedBackend, check_dtype, check_launchable, pick
+from aerie.kernels.module import Module
 
 
 def embedding_ref(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def embedding(ids_T: Tensor, weight_VD: Tensor) -> Tensor:
     return _embedding_op(ids_T, weight_VD)
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """A table of `num_rows` vectors, named as in Hugging Face checkpoints (`weight`)."""
 
     def __init__(self, num_rows: int, width: int, backend: ResolvedBackend) -> None:
@@ -111,4 +112,4 @@ class Embedding(nn.Module):
         self._embedding = pick(backend, embedding, embedding_ref)
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        return self._embedding(ids_T, self.weight)
+        return self._embedding(ids_T, self._parameters["weight"])

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
+from aerie.kernels.module import Module
 from aerie.kernels.stream_launch import (
     FP8,
     LaunchConfig,
@@ -164,13 +165,14 @@ def linear(
     return _linear_op(x_TD, weight_FD, bias_F, scale_F)
 
 
-class Linear(nn.Module):
+class Linear(Module):
     """Linear layer, parameters named as in Hugging Face checkpoints (`weight`, `bias`).
 
     An FP8 weight has a `weight_scale` (see `linear`); its rows of activations are not quantised,
     which is more exact than the W8A8 arithmetic that FP8 checkpoints are written for.
     """
 
+    bias: nn.Parameter | None
     weight_scale: nn.Parameter | None
 
     def __init__(
@@ -178,7 +180,8 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        vector = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.register_parameter("bias", vector)
         self.register_parameter("weight_scale", None)
         self._linear = pick(backend, linear, linear_ref)
 
@@ -190,4 +193,5 @@ class Linear(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self._linear(x_TD, self.weight, self.bias, self.weight_scale)
+        own = self._parameters
+        return self._linear(x_TD, own["weight"], own["bias"], own["weight_scale"])

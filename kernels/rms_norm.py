@@ -26,6 +26,7 @@ from aerie.kernels.backend import (
     rounded,
     widened,
 )
+from aerie.kernels.module import Module
 
 MAX_WIDTH = 65536  # one program holds a row in registers
 
@@ -190,7 +191,7 @@ def _check(x_TD: Tensor, weight_D: Tensor) -> None:
         )
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """RMSNorm with a weight of `width`, named as in Hugging Face checkpoints (`weight`)."""
 
     def __init__(self, width: int, eps: float, backend: ResolvedBackend) -> None:
@@ -201,10 +202,10 @@ class RMSNorm(nn.Module):
         self._add_norm = pick(backend, add_rms_norm, add_rms_norm_ref)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self._norm(x_TD, self.weight, self.eps)
+        return self._norm(x_TD, self._parameters["weight"], self.eps)
 
     def add(self, x_TD: Tensor, residual_TD: Tensor | None) -> NormedResidual:
         """Norm of `x + residual` and the sum; with no residual yet, the sum is `x` itself."""
         if residual_TD is None:
             return NormedResidual(self(x_TD), x_TD)
-        return self._add_norm(x_TD, residual_TD, self.weight, self.eps)
+        return self._add_norm(x_TD, residual_TD, self._parameters["weight"], self.eps)

@@ -20,5 +20,5 @@ class MLP(PackedModule):
         self._gate_up = pick(backend, gate_up, gate_up_ref)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weight, scale = self.gate_up_proj.weight, self.gate_up_proj.weight_scale
-        return self.down_proj(self._gate_up(x_TD, weight, scale=scale))
+        own = self.gate_up_proj._parameters
+        return self.down_proj(self._gate_up(x_TD, own["weight"], scale=own["weight_scale"]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.embedding import Embedding, embedding, embedding_ref
 from aerie.kernels.linear import Linear
+from aerie.kernels.module import Module
 from aerie.kernels.rms_norm import NormedResidual, RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.attention import Attention
@@ -44,7 +45,7 @@ class Llama4Output:
     aux_hidden_states: tuple[Tensor, ...]
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     """Attention, then a dense or mixture-of-experts feed-forward, each behind an RMSNorm."""
 
     def __init__(self, config: Llama4Config, layer: int, backend: ResolvedBackend) -> None:
@@ -64,7 +65,7 @@ class DecoderLayer(nn.Module):
         return LayerOutput(self.feed_forward(middle.normed_TD), middle.residual_TD)
 
 
-class Llama4Model(nn.Module):
+class Llama4Model(Module):
     """Embedding, decoder layers, final norm."""
 
     def __init__(self, config: Llama4Config, backend: ResolvedBackend) -> None:
@@ -91,7 +92,7 @@ RENAME = Renaming(
 )
 
 
-class Llama4ForCausalLM(nn.Module):
+class Llama4ForCausalLM(Module):
     """A Llama 4 target that can be verified against and tapped (`SupportsEagle3`)."""
 
     def __init__(

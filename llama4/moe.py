@@ -4,19 +4,20 @@ The sigmoid of the selected router logit scales the routed expert's *input*; the
 the unscaled input (transformers' `Llama4TextMoe`).
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.experts import experts, experts_ref
 from aerie.kernels.fp8_experts import fp8_experts, fp8_experts_ref
 from aerie.kernels.linear import Linear
+from aerie.kernels.module import Module
 from aerie.kernels.router import router, router_ref
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.experts import Experts
 from aerie.llama4.mlp import MLP
 
 
-class MoE(nn.Module):
+class MoE(Module):
     """shared_expert(x) + sum over the chosen experts of expert(x * sigmoid(router logit))."""
 
     def __init__(self, config: Llama4Config, backend: ResolvedBackend) -> None:

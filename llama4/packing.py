@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aerie.kernels.linear import Linear
+from aerie.kernels.module import Module
 
 LEAVES = ("weight", "bias", "weight_scale")
 Index = tuple[slice | int, ...]
@@ -113,7 +114,7 @@ def stored_name(owner: str, leaves: Sequence[str], names: Collection[str]) -> st
     return next((name for name in choices if name in names), choices[0])
 
 
-class StoredInParts(nn.Module):
+class StoredInParts(Module):
     """A module whose parameters are stored under other names, or in pieces."""
 
     def places(
