@@ -35,6 +35,7 @@ from aerie.eagle3.checkpoint import (
     tensor_names,
 )
 from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.interface import Target
 from aerie.eagle3.reading import AS_WRITTEN, Reading, log_decisions
 from aerie.kernels.aux_projection import AuxProjection, JointNorm, TapNorm
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
@@ -53,7 +54,7 @@ from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.json_fields import CheckpointError, read_fields
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
-from aerie.llama4.model import LayerOutput, Llama4ForCausalLM
+from aerie.llama4.model import LayerOutput
 from aerie.llama4.packing import lay_out_for_eager
 
 OWN_HEAD = OwnParts(embedding=False, head=True)
@@ -158,7 +159,7 @@ class Eagle3Llama4ForCausalLM(Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        target: Llama4ForCausalLM,
+        target: Target,
         backend: Backend | None = None,
         reading: Reading = AS_WRITTEN,
         *,
@@ -170,7 +171,7 @@ class Eagle3Llama4ForCausalLM(Module):
         `reading` overrides what the files say, `revision` pins a hub id. Strict like the target's
         loader. Raises CheckpointError listing all that is wrong.
         """
-        folder = resolve_folder(path, revision)
+        folder, target = resolve_folder(path, revision), target.get_language_model()
         config = Eagle3Config.from_pretrained(folder, target.config.num_hidden_layers, reading)
         names = tensor_names(folder)
         parts = own_parts(names, config)
@@ -197,11 +198,12 @@ class Eagle3Llama4ForCausalLM(Module):
         log_decisions(sharing_decisions(config, draft.parts, target.config), folder)
         return draft
 
-    def bind(self, target: Llama4ForCausalLM) -> None:
+    def bind(self, target: Target) -> None:
         """Takes what the draft shares from the target, and checks that it can be tapped as asked.
 
         The target owns what is shared: registered here, it would be moved and saved with the draft.
         """
+        target = target.get_language_model()
         target.set_aux_hidden_state_layers(self.tap_layers(target))
         shared = target.model.embed_tokens
         if self.parts.embedding and is_copy(self.embed_tokens, shared):
@@ -213,13 +215,14 @@ class Eagle3Llama4ForCausalLM(Module):
             object.__setattr__(self, "lm_head", draft_head(target.lm_head, self.d2t, self.backend))
         object.__setattr__(self, "_target", weakref.ref(target))
 
-    def is_bound_to(self, target: Llama4ForCausalLM) -> bool:
+    def is_bound_to(self, target: Target) -> bool:
         """Whether this is the target whose matrices and taps the draft was given."""
         bound = getattr(self, "_target", None)
-        return bound is not None and bound() is target
+        return bound is not None and bound() is target.get_language_model()
 
-    def tap_layers(self, target: Llama4ForCausalLM) -> tuple[int, ...]:
+    def tap_layers(self, target: Target) -> tuple[int, ...]:
         """The config's tap ids, or the target's default. Raises CheckpointError if unusable."""
+        target = target.get_language_model()
         default = target.get_eagle3_default_aux_hidden_state_layers()
         layers = self.config.aux_hidden_state_layers or default
         if len(layers) != self.config.num_taps:

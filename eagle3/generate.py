@@ -15,6 +15,7 @@ from torch import Tensor
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import Drafter, NoDrafter
 from aerie.eagle3.ends import Detokenize, Ends, FinishReason
+from aerie.eagle3.interface import Target
 from aerie.eagle3.policies import Chain, Policy
 from aerie.eagle3.prefixes import History
 from aerie.eagle3.sampler import Sampler
@@ -53,7 +54,7 @@ class Decoding:
 
     def __init__(
         self,
-        target: Llama4ForCausalLM,
+        target: Target,
         prompt_ids: Sequence[int],
         max_new_tokens: int | None = None,
         draft: Eagle3Llama4ForCausalLM | None = None,
@@ -75,6 +76,7 @@ class Decoding:
         """
         sampling = SamplingParams() if sampling is None else sampling
         max_new_tokens = _token_limit(max_new_tokens, sampling)
+        target = target.get_language_model()
         _check_prompt(prompt_ids, max_new_tokens, target)
         if images is not None:
             _check_images(images, prompt_ids, target, draft)
@@ -172,7 +174,7 @@ class Decoding:
 
 
 def generate(
-    target: Llama4ForCausalLM,
+    target: Target,
     prompt_ids: Sequence[int],
     max_new_tokens: int | None = None,
     draft: Eagle3Llama4ForCausalLM | None = None,

@@ -2,11 +2,17 @@
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.kv_scales import KVCacheDtype
-from aerie.llama4.model import Llama4Output
+from aerie.llama4.model import Llama4ForCausalLM, Llama4Output
+
+
+class Target(Protocol):
+    """A text model, or a multimodal one around it: what generating and drafting start from."""
+
+    def get_language_model(self) -> Llama4ForCausalLM: ...
 
 
 @runtime_checkable
@@ -23,7 +29,7 @@ class SupportsEagle3(Protocol):
 
     def get_eagle3_aux_hidden_state_layers(self) -> tuple[int, ...]: ...
 
-    def get_language_model(self) -> nn.Module: ...
+    def get_language_model(self) -> Llama4ForCausalLM: ...
 
     def get_input_embeddings(self, input_ids_T: Tensor) -> Tensor: ...
 

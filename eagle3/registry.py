@@ -18,8 +18,8 @@ from aerie.llama4.json_fields import CheckpointError, read_json, strings
 
 if TYPE_CHECKING:
     from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+    from aerie.eagle3.interface import Target
     from aerie.kernels.backend import Backend
-    from aerie.llama4.model import Llama4ForCausalLM
 
 LayerKind = Literal["llama", "llama4"]
 
@@ -88,7 +88,7 @@ def resolve_flat(flat: FlatConfig) -> Resolution:
 
 def load_draft(
     path: str | Path,
-    target: "Llama4ForCausalLM",
+    target: "Target",
     backend: "Backend | None" = None,
     reading: Reading = AS_WRITTEN,
 ) -> "Eagle3Llama4ForCausalLM":

@@ -94,10 +94,25 @@ def load_weights(
         if name in found and fits(found[name], place, parameters, quantize)
     ]
     problems += read_all(copies, options.check_finite, options.progress)
+    _raise_if(problems, folder)
+    _assign(module, filled, options.device)
+
+
+def check_weights(module: nn.Module, folder: Path, renaming: Callable[[str], str | None]) -> None:
+    """Whether `load_weights` would find every tensor in its shape and type; reads headers only.
+
+    Raises CheckpointError listing all that is wrong.
+    """
+    found = renamed(stored_tensors(folder), renaming)
+    parameters = dict(_own_tensors(module))
+    places = _places(module, parameters, found)
+    _raise_if(differences(parameters, places, found, quantize=False), folder)
+
+
+def _raise_if(problems: list[str], folder: Path) -> None:
     if problems:
         listed = "\n  ".join(problems[:MAX_LISTED])
         raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
-    _assign(module, filled, options.device)
 
 
 def renamed(

@@ -29,7 +29,8 @@ from aerie.llama4.json_fields import (
     strings,
 )
 
-ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+MULTIMODAL = "Llama4ForConditionalGeneration"
+ARCHITECTURES = ("Llama4ForCausalLM", MULTIMODAL)
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,11 @@ class Llama4Config:
             raise CheckpointError(
                 f"eos_token_id: {outside} outside the vocabulary 0..{self.vocab_size - 1}"
             )
+
+
+def is_multimodal(values: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` describes a Llama 4 with a vision tower."""
+    return MULTIMODAL in strings(values, "architectures") and "vision_config" in values
 
 
 def _text_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
