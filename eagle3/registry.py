@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
     from aerie.eagle3.interface import Target
     from aerie.kernels.backend import Backend
+    from aerie.llama4.checkpoint import Progress
 
 LayerKind = Literal["llama", "llama4"]
 
@@ -91,15 +92,19 @@ def load_draft(
     target: "Target",
     backend: "Backend | None" = None,
     reading: Reading = AS_WRITTEN,
+    *,
+    revision: str | None = None,
+    progress: "Progress | None" = None,
 ) -> "Eagle3Llama4ForCausalLM":
     """Loads a draft of any known architecture and format for `target`.
 
-    `path` is a folder or hub id; `reading` overrides what its files say. Raises CheckpointError
+    `path` is a folder or a hub id, which `revision` pins; `reading` overrides what its files say;
+    `progress` is told bytes read and bytes in all. Raises CheckpointError
     listing all that is wrong.
     """
-    folder = resolve_folder(path)
+    folder = resolve_folder(path, revision)
     draft_class = resolve(read_json(folder / "config.json")).draft_class
-    return draft_class.from_pretrained(folder, target, backend, reading)
+    return draft_class.from_pretrained(folder, target, backend, reading, progress=progress)
 
 
 def _is_eagle3(name: str, flat: FlatConfig) -> bool:

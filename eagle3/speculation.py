@@ -11,7 +11,8 @@ from aerie.eagle3.reading import AS_WRITTEN, KEYS, Reading
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """How to draft. `model` is the draft's folder or hub id (None: the caller has one).
+    """How to draft. `model` is the draft's folder or hub id (None: the caller has one), which
+    `revision` pins.
 
     A chain, or a dynamic tree if `eagle_topk` and `num_steps` are given, or a static one if
     `speculative_token_tree` is (see `policies`). The keys of `Reading` (`tap_convention`, ...)
@@ -20,6 +21,7 @@ class SpeculativeConfig:
 
     method: str = "eagle3"
     model: str | None = None
+    revision: str | None = None
     num_speculative_tokens: int = 4
     draft_tensor_parallel_size: int = 1
     eagle_topk: int | None = None
@@ -35,6 +37,10 @@ class SpeculativeConfig:
             raise ValueError(f"model: must be a folder or a hub id, got {self.model!r}")
         if self.model == "":
             raise ValueError("model: must be a folder or a hub id, got ''")
+        if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
+            raise ValueError(
+                f"revision: must be a commit, tag or branch of the hub, got {self.revision!r}"
+            )
         _ = self.policy  # checks its values
         if self.draft_tensor_parallel_size != 1 or self.draft_tensor_parallel_size is True:
             raise ValueError(

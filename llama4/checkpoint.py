@@ -95,7 +95,7 @@ def load_weights(
     ]
     problems += read_all(copies, options.check_finite, options.progress)
     _raise_if(problems, folder)
-    _assign(module, filled, options.device)
+    assign(module, filled, options.device)
 
 
 def check_weights(module: nn.Module, folder: Path, renaming: Callable[[str], str | None]) -> None:
@@ -113,6 +113,12 @@ def _raise_if(problems: list[str], folder: Path) -> None:
     if problems:
         listed = "\n  ".join(problems[:MAX_LISTED])
         raise CheckpointError(f"{folder}: {len(problems)} tensors are wrong:\n  {listed}")
+
+
+def planned_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What loading would fill, on "meta": the types and layouts that the values would have."""
+    parameters = dict(_own_tensors(module))
+    return _allocate(parameters, _places(module, parameters, {}), dtype, "meta")
 
 
 def renamed(
@@ -195,7 +201,7 @@ def _copy(name: str, source: StoredTensor, place: Place, filled: Mapping[str, Te
     return Copy(name, source, place, filled[place.parameter], scale)
 
 
-def _assign(module: nn.Module, filled: Mapping[str, Tensor], device: torch.device | str) -> None:
+def assign(module: nn.Module, filled: Mapping[str, Tensor], device: torch.device | str) -> None:
     """Puts the tensors in place of the module's own; what two modules share stays shared."""
     tied = _tied(module)
     for name, tensor in filled.items():

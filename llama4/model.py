@@ -26,7 +26,12 @@ from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
 from aerie.llama4.moe import MoE
 from aerie.llama4.packing import lay_out_for_eager
-from aerie.llama4.quantization import Quantize, quantized_on_load, read_quantization
+from aerie.llama4.quantization import (
+    Quantization,
+    Quantize,
+    quantized_on_load,
+    read_quantization,
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,23 @@ class Llama4ForCausalLM(Module):
         self._pick_rows = pick(self.backend, embedding, embedding_ref)
 
     @classmethod
+    def without_values(
+        cls,
+        config: Llama4Config,
+        backend: Backend = "auto",
+        device: torch.device | str = "cpu",
+        quantization: Quantization | None = None,
+    ) -> "Llama4ForCausalLM":
+        """The model on the meta device, laid out as it will be where it runs: on `device`."""
+        with torch.device("meta"):
+            model = cls(config, backend, device)
+            if quantization is not None:
+                hold_fp8(model, quantization)
+            if model.backend == "eager":
+                lay_out_for_eager(model)
+        return model
+
+    @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
@@ -141,12 +163,7 @@ class Llama4ForCausalLM(Module):
         quantization = read_quantization(folder)
         if quantize is not None:
             quantization = quantized_on_load(folder, quantization, quantize, quantize_linears)
-        with torch.device("meta"):
-            model = cls(config, backend, device)
-            if quantization is not None:
-                hold_fp8(model, quantization)
-            if model.backend == "eager":
-                lay_out_for_eager(model)
+        model = cls.without_values(config, backend, device, quantization)
         options = LoadOptions(
             dtype,
             device,

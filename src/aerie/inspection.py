@@ -4,7 +4,6 @@ Nothing is allocated for weights: the module is built on the meta device and eve
 through the strict loader, values included.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,24 +33,11 @@ from aerie.llama4.kv_plan import plan_pools
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.safetensors_header import StoredTensor
 from aerie.llama4.stored_tensors import stored_tensors
+from aerie.llama4.tensor_groups import NAMES, group_of
 
 T = TypeVar("T")
 USUAL_DEPTH = 48  # Scout's and Maverick's, where no target is given
 PAGE_SIZE, STEP_ROWS = 64, 1024
-GROUPS = (  # first match wins; for targets and drafts
-    ("vocabulary maps", r"(^|\.)[dt]2[td]$"),
-    ("vision", r"vision_model|multi_modal_projector"),
-    ("embedding", r"embed_tokens"),
-    ("head", r"lm_head"),
-    ("fusion (fc)", r"(^|\.)fc\."),
-    ("norms", r"norm"),
-    ("attention", r"self_attn"),
-    ("router", r"\.router"),
-    ("shared expert", r"shared_expert"),
-    ("routed experts", r"\.experts"),
-    ("dense feed-forward", r"mlp|feed_forward"),
-    ("other", r""),
-)
 
 
 @dataclass(frozen=True)
@@ -225,10 +211,8 @@ def _kv_bytes(
 def _groups(stored: Sequence[StoredTensor]) -> dict[str, Group]:
     found: dict[str, list[StoredTensor]] = {}
     for tensor in stored:
-        name = next(name for name, pattern in GROUPS if re.search(pattern, tensor.name))
-        found.setdefault(name, []).append(tensor)
-    order = [name for name, _ in GROUPS if name in found]
-    return {name: _group(found[name]) for name in order}
+        found.setdefault(group_of(tensor.name), []).append(tensor)
+    return {name: _group(found[name]) for name in NAMES if name in found}
 
 
 def _group(tensors: Sequence[StoredTensor]) -> Group:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
@@ -14,11 +15,14 @@ from aerie.eagle3.registry import load_draft
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
-from aerie.kernels.backend import Backend
+from aerie.kernels.backend import Backend, resolve
+from aerie.llama4.checkpoint import Progress
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize
+from aerie.plan import as_line, free_memory, make_planner
+from aerie.progress import loading
 from aerie.text import TextStream, load_tokenizer
 
 
@@ -27,7 +31,9 @@ class Request:
     """A checked request (`commands/generate_options.py`)."""
 
     model: str | Path
+    revision: str | None
     draft: str | Path | None
+    draft_revision: str | None
     prompt: str
     max_new_tokens: int
     sampling: SamplingParams
@@ -68,22 +74,55 @@ class Outcome:
         return None if self.plain_tokens is None else self.plain_tokens == self.tokens
 
 
-def load(request: Request) -> Loaded:
-    """Reads target, draft and tokenizer. Raises CheckpointError."""
-    folder = resolve_folder(request.model)
-    target = load_target(
-        folder,
-        request.device,
-        request.dtype,
-        request.backend,
-        request.quantize,
-        request.quantize_linears,
-    )
+def load(request: Request, console: Console) -> Loaded:
+    """Reads target, draft and tokenizer, and says on `console` what memory they will take.
+
+    Raises CheckpointError, and ValueError, before anything is read, where they would not fit.
+    """
+    folder = resolve_folder(request.model, request.revision)
+    drafts = None
+    if request.draft is not None:
+        drafts = resolve_folder(request.draft, request.draft_revision)
     tokenizer = load_tokenizer(folder)
-    if request.draft is None:
+    _plan(request, folder, drafts, len(tokenizer.encode(request.prompt).ids), console)
+    with loading("target", console) as progress:
+        target = load_target(
+            folder,
+            request.device,
+            request.dtype,
+            request.backend,
+            request.quantize,
+            request.quantize_linears,
+            progress,
+        )
+    if drafts is None:
         return Loaded(target, None, tokenizer)
-    draft = load_draft(request.draft, target, reading=request.speculation.reading)
+    with loading("draft", console) as progress:
+        reading = request.speculation.reading
+        draft = load_draft(drafts, target, reading=reading, progress=progress)
     return Loaded(target, draft, tokenizer)
+
+
+def _plan(
+    request: Request, folder: Path, draft: Path | None, num_prompt_ids: int, console: Console
+) -> None:
+    """Raises ValueError where what is asked cannot fit into the memory that a GPU has left."""
+    planner = make_planner(
+        folder,
+        draft,
+        dtype=request.dtype,
+        kv_cache_dtype=request.kv_cache_dtype,
+        quantize=request.quantize,
+        quantize_linears=request.quantize_linears,
+        speculation=request.speculation,
+        backend=resolve(request.backend, request.device),
+    )
+    wanted = num_prompt_ids + request.max_new_tokens
+    found = planner.plan(max(1, min(wanted, planner.target.max_position_embeddings)))
+    console.print(as_line(found), markup=False, soft_wrap=True)
+    memory = free_memory(request.device)
+    if memory is not None:
+        planner.check(found, memory, f"what {request.device} has left")
 
 
 def load_target(
@@ -93,12 +132,19 @@ def load_target(
     backend: Backend,
     quantize: Quantize | None = None,
     quantize_linears: bool = False,
+    progress: Progress | None = None,
 ) -> Llama4ForCausalLM:
     """Reads a target onto its device. Raises CheckpointError."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton launches
     return Llama4ForCausalLM.from_pretrained(
-        folder, dtype, device, backend, quantize=quantize, quantize_linears=quantize_linears
+        folder,
+        dtype,
+        device,
+        backend,
+        quantize=quantize,
+        quantize_linears=quantize_linears,
+        progress=progress,
     )
 
 

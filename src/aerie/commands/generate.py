@@ -15,7 +15,7 @@ def generate(options: GenerateOptions) -> None:
     """Decode a prompt speculatively, and show what the draft was worth."""
     with exit_code_2_on_bad_input():
         request = options.request()
-        loaded = load(request)
+        loaded = load(request, stderr)
         if loaded.draft is None and not options.no_draft:
             stderr.print("No draft given (--draft): plain decoding.")
         outcome = run(request, loaded, on_text=None if options.as_json else _print_now)

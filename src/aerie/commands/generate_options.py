@@ -15,10 +15,13 @@ from aerie.commands.shared import (
     BackendOption,
     DeviceOption,
     DraftOption,
+    DraftRevisionOption,
     DtypeName,
     DtypeOption,
     JsonOption,
     ModelOption,
+    RevisionOption,
+    draft_revision,
 )
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
@@ -67,6 +70,8 @@ class GenerateOptions:
     logit_bias: Annotated[
         str | None, typer.Option(help='Added to logits: JSON, e.g. {"17": -5}')
     ] = None
+    revision: RevisionOption = None
+    draft_revision: DraftRevisionOption = None
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False
     backend: BackendOption = BackendName.auto
     device: DeviceOption = "auto"
@@ -103,7 +108,9 @@ class GenerateOptions:
         draft, device = self._draft(speculation), device_named(self.device)
         return Request(
             model=embedded.TARGET if self.model is None else self.model,
+            revision=self.revision,
             draft=draft,
+            draft_revision=draft_revision(self.draft_revision, speculation),
             prompt=prompt,
             max_new_tokens=self.max_new_tokens,
             sampling=sampling,

@@ -18,6 +18,10 @@ class InspectOptions:
     target: Annotated[
         str | None, typer.Option(help="The target of the draft at PATH: folder or hub id.")
     ] = None
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the hub id at PATH.")
+    ] = None
+    target_revision: Annotated[str | None, typer.Option(help="That of --target.")] = None
     context: Annotated[int, typer.Option(help="Tokens per sequence to plan memory for.")] = 8192
     batch: Annotated[int, typer.Option(help="Sequences to plan memory for.")] = 1
     as_json: JsonOption = False
@@ -26,8 +30,9 @@ class InspectOptions:
 def inspect(options: InspectOptions) -> None:
     """What a checkpoint is, how it would be read and why, and all that is wrong with it."""
     with exit_code_2_on_bad_input():
-        target = resolve_folder(options.target) if options.target else None
-        folder = resolve_folder(options.path)
+        pin = options.target_revision
+        target = resolve_folder(options.target, pin) if options.target else None
+        folder = resolve_folder(options.path, options.revision)
         found = inspection.inspect(folder, target, options.context, options.batch)
     if options.as_json:
         print(json.dumps(inspection.as_dict(found)))

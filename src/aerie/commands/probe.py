@@ -13,17 +13,22 @@ from aerie.commands.shared import (
     BackendOption,
     DeviceOption,
     DraftOption,
+    DraftRevisionOption,
     DtypeName,
     DtypeOption,
     JsonOption,
     ModelOption,
+    RevisionOption,
+    draft_revision,
     exit_code_2_on_bad_input,
+    stderr,
     stdout,
 )
 from aerie.eagle3.probe import Diagnosis
 from aerie.eagle3.probe import probe as probe_draft
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.llama4.hub import resolve_folder
+from aerie.progress import loading
 from aerie.run import device_named, dtype_named, load_target
 from aerie.text import load_tokenizer
 
@@ -35,6 +40,8 @@ class ProbeOptions:
     prompt_file: Annotated[Path | None, typer.Option(help="One text, or a JSON list of texts.")] = (
         None
     )
+    revision: RevisionOption = None
+    draft_revision: DraftRevisionOption = None
     num_tokens: Annotated[int, typer.Option(help="Tokens the target writes per prompt.")] = 48
     speculative_config: Annotated[
         str, typer.Option(help="JSON; its overrides count as what the files say.")
@@ -63,11 +70,14 @@ def _diagnosis(options: ProbeOptions) -> Diagnosis:
     if options.model is not None and options.draft is None:
         raise ValueError("--draft: name the draft to probe")
     speculation = SpeculativeConfig.from_json(options.speculative_config)
-    folder = resolve_folder(embedded.TARGET if options.model is None else options.model)
+    model = embedded.TARGET if options.model is None else options.model
+    folder = resolve_folder(model, options.revision)
+    pin = draft_revision(options.draft_revision, speculation)
+    draft = resolve_folder(embedded.DRAFT if options.draft is None else options.draft, pin)
     device = device_named(options.device)
     dtype = dtype_named(options.dtype.value, device)
-    target = load_target(folder, device, dtype, options.backend.value)
+    with loading("target", stderr) as progress:
+        target = load_target(folder, device, dtype, options.backend.value, progress=progress)
     tokenizer = load_tokenizer(folder)
     prompts = probing.probe_prompts(options.prompt_file, options.model is None, tokenizer)
-    draft = embedded.DRAFT if options.draft is None else options.draft
     return probe_draft(draft, target, prompts, options.num_tokens, speculation.reading)

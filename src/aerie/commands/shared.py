@@ -14,6 +14,8 @@ import torch
 import typer
 from rich.console import Console
 
+from aerie.eagle3.speculation import SpeculativeConfig
+
 stdout, stderr = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -34,6 +36,12 @@ ModelOption = Annotated[
     str | None, typer.Option(help="Target: folder or hub id. Default: the embedded pair.")
 ]
 DraftOption = Annotated[str | None, typer.Option(help="Eagle3 draft: folder or hub id.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch of the target's hub id.")
+]
+DraftRevisionOption = Annotated[
+    str | None, typer.Option(help="Commit, tag or branch of the draft's hub id.")
+]
 BackendOption = Annotated[BackendName, typer.Option()]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: a GPU if any.")]
 DtypeOption = Annotated[DtypeName, typer.Option(help="auto: bfloat16 on a GPU, else float32.")]
@@ -50,6 +58,13 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     from_values.__name__, from_values.__doc__ = run.__name__, run.__doc__
     from_values.__signature__ = inspect.signature(options)  # pyright: ignore[reportFunctionMemberAccess]
     return from_values
+
+
+def draft_revision(option: str | None, speculation: SpeculativeConfig) -> str | None:
+    """The pin of the draft: an option, or the speculative config's key."""
+    if option is not None and speculation.revision is not None:
+        raise ValueError("--draft-revision and the speculative config's 'revision' pin one draft")
+    return option if option is not None else speculation.revision
 
 
 @contextmanager

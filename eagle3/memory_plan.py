@@ -1,0 +1,192 @@
+"""What a target and its draft take in memory together, and the largest run that still fits.
+
+A plan is arithmetic over configs: nothing is read or allocated. `llama4/memory_plan.py` says what
+is exact. The allocator's own rounding and the CUDA context are not in it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from aerie.eagle3.binding import check_fits
+from aerie.eagle3.checkpoint import OwnParts
+from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.generate import PREFILL_ROWS
+from aerie.kernels.backend import ResolvedBackend
+from aerie.llama4.config import Llama4Config
+from aerie.llama4.memory_plan import KVBytes, activation_bytes, kv_bytes, weight_bytes
+from aerie.llama4.model import Llama4ForCausalLM
+from aerie.llama4.quantization import Quantization
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one run: `context` tokens, prompt included, of each of `batch` sequences.
+
+    `activations` are the most that one pass of the target keeps between its operations, on Triton's
+    backend (0 on the eager one: not planned).
+    """
+
+    context: int
+    batch: int
+    target_weights: Mapping[str, int]
+    draft_weights: Mapping[str, int]
+    kv: KVBytes
+    draft_kv: KVBytes
+    activations: int
+
+    @property
+    def weights(self) -> int:
+        return sum(self.target_weights.values()) + sum(self.draft_weights.values())
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv.total + self.draft_kv.total + self.activations
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """A draft, and which of its matrices it has itself."""
+
+    config: Eagle3Config
+    parts: OwnParts
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a pair is going to run. `num_drafted` rows at most stand uncommitted (`Policy`)."""
+
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    quantization: Quantization | None = None
+    num_drafted: int = 0
+    backend: ResolvedBackend = "triton"
+
+
+@dataclass(frozen=True)
+class MemoryPlanner:
+    """Plans for one pair, whose weights are counted once."""
+
+    target: Llama4Config
+    draft: DraftPlan | None
+    run: Run
+    target_weights: Mapping[str, int] = field(init=False, compare=False)
+    draft_weights: Mapping[str, int] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises CheckpointError where the draft does not fit the target."""
+        model = self.empty_target()
+        weights = weight_bytes(model, self.run.dtype)
+        object.__setattr__(self, "target_weights", weights)
+        draft = {} if self.draft is None else self._draft_weights(self.draft)
+        object.__setattr__(self, "draft_weights", draft)
+
+    def plan(self, context: int, batch: int = 1) -> MemoryPlan:
+        """Raises ValueError for what the target cannot be asked."""
+        longest = self.target.max_position_embeddings
+        if not 1 <= context <= longest or batch < 1:
+            raise ValueError(
+                f"context, batch: must be 1..{longest} tokens and at least 1 sequence, "
+                f"got {context} and {batch}"
+            )
+        kv, draft_kv = self._caches(context, batch)
+        return MemoryPlan(
+            context,
+            batch,
+            self.target_weights,
+            self.draft_weights,
+            kv,
+            draft_kv,
+            self._activations(batch),
+        )
+
+    def largest_context(self, memory: int, batch: int) -> int:
+        """The most tokens per sequence that fit into `memory` bytes; 0: not even one."""
+        longest = self.target.max_position_embeddings
+        return _largest(longest, lambda context: self.plan(context, batch).total <= memory)
+
+    def largest_batch(self, memory: int, context: int) -> int:
+        """The most sequences of `context` tokens that fit into `memory` bytes; 0: not even one."""
+        one = self.plan(context)
+        each = one.kv.total + one.draft_kv.total
+        most = max(0, memory - one.weights) // each
+        return _largest(most, lambda batch: self.plan(context, batch).total <= memory)
+
+    def check(self, plan: MemoryPlan, memory: int, origin: str) -> None:
+        """Raises ValueError, which names what would fit, if the plan does not fit into `memory`."""
+        if plan.total <= memory:
+            return
+        context = self.largest_context(memory, plan.batch)
+        batch = self.largest_batch(memory, plan.context)
+        fitting = [f"{context} tokens of context at batch {plan.batch}"] if context else []
+        fitting += [f"a batch of {batch} at {plan.context} tokens"] if batch else []
+        advice = f"what fits is {' or '.join(fitting)}"
+        if not fitting:
+            advice = (
+                f"not even one token fits beside weights of {plan.weights / GIB:.2f} GiB: quantise "
+                f"them or take a larger device"
+            )
+        raise ValueError(
+            f"memory: {plan.context} tokens x {plan.batch} need {plan.total / GIB:.2f} GiB, and "
+            f"{origin} is {memory / GIB:.2f} GiB; {advice}"
+        )
+
+    def empty_target(self) -> Llama4ForCausalLM:
+        """The target without values; `cuda` only says where it is meant to run."""
+        device = "cuda" if self.run.backend == "triton" else "cpu"
+        return Llama4ForCausalLM.without_values(
+            self.target, self.run.backend, device, self.run.quantization
+        )
+
+    def _draft_weights(self, plan: DraftPlan) -> dict[str, int]:
+        config, parts = plan.config, plan.parts
+        check_fits(config, parts, self.target)
+        with torch.device("meta"):
+            draft = Eagle3Llama4ForCausalLM(config, "eager", "cpu", parts)
+        draft.tap_layers(self.empty_target())
+        sizes = weight_bytes(draft, self.run.dtype)
+        if not parts.head and config.draft_vocab_size < config.vocab_size:  # cut from the target's
+            rows = config.draft_vocab_size * config.hidden_size
+            sizes["head"] = rows * self.run.dtype.itemsize
+        return sizes
+
+    def _caches(self, context: int, batch: int) -> tuple[KVBytes, KVBytes]:
+        """As `Decoding` allocates them: with room for the rows of the last step."""
+        slots = context + self.run.num_drafted + 1
+        specs = [self.target.attention(i) for i in range(self.target.num_hidden_layers)]
+        own = [] if self.draft is None else [self.draft.config.attention]
+        kv_dtype = self.run.kv_dtype
+        return kv_bytes(specs, slots, batch, kv_dtype), kv_bytes(own, slots, batch, kv_dtype)
+
+    def _activations(self, batch: int) -> int:
+        """The larger of a prompt's longest pass and of verifying all sequences at once."""
+        if self.run.backend == "eager":
+            return 0
+        prompt = activations(self, PREFILL_ROWS, False)
+        return max(prompt, activations(self, batch * (self.run.num_drafted + 1), True))
+
+
+@lru_cache(maxsize=256)
+def activations(planner: MemoryPlanner, num_rows: int, all_logits: bool) -> int:
+    """Of one pass of the target over `num_rows` rows, its taps included."""
+    model = planner.empty_target()
+    if planner.draft is not None:
+        taps = planner.draft.config.aux_hidden_state_layers
+        model.set_aux_hidden_state_layers(
+            taps or model.get_eagle3_default_aux_hidden_state_layers()
+        )
+    return activation_bytes(model, planner.run.dtype, num_rows, all_logits)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1..most that fits, 0 if none does; whatever is below one that fits, fits."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

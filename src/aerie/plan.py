@@ -1,0 +1,116 @@
+"""`aerie plan`: the memory of a pair from its folders, and how it is shown."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aerie.eagle3.checkpoint import OwnParts, own_parts, tensor_names
+from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.memory_plan import DraftPlan, MemoryPlan, MemoryPlanner, Run
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.kernels.backend import ResolvedBackend
+from aerie.llama4.config import Llama4Config
+from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
+from aerie.llama4.quantization import Quantize, quantized_on_load, read_quantization
+from aerie.llama4.stored_tensors import INDEX, SINGLE
+
+
+def make_planner(
+    target: Path,
+    draft: Path | None,
+    *,
+    dtype: torch.dtype,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    quantize: Quantize | None = None,
+    quantize_linears: bool = False,
+    speculation: SpeculativeConfig | None = None,
+    backend: ResolvedBackend = "triton",
+) -> MemoryPlanner:
+    """From the folders' configs; of tensors only the headers of a draft are read, if it has some.
+
+    Raises CheckpointError for what could not be loaded so either.
+    """
+    speculation = speculation or SpeculativeConfig()
+    config = Llama4Config.from_pretrained(target)
+    quantization = read_quantization(target)
+    if quantize is not None:
+        quantization = quantized_on_load(target, quantization, quantize, quantize_linears)
+    drafted = None if draft is None else _draft_plan(draft, config, speculation)
+    num_drafted = 0 if draft is None else speculation.policy.num_rows
+    kv_dtype = cache_dtype(kv_cache_dtype, dtype)
+    return MemoryPlanner(config, drafted, Run(dtype, kv_dtype, quantization, num_drafted, backend))
+
+
+def _draft_plan(folder: Path, target: Llama4Config, speculation: SpeculativeConfig) -> DraftPlan:
+    """Without tensors: an embedding of its own only where the target's would not fit."""
+    config = Eagle3Config.from_pretrained(folder, target.num_hidden_layers, speculation.reading)
+    if any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return DraftPlan(config, own_parts(tensor_names(folder), config))
+    has_embedding = config.hidden_size != target.hidden_size
+    return DraftPlan(config, OwnParts(has_embedding, not config.shares_target_head))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has left; None for a CPU, whose memory is not planned."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def as_rows(plan: MemoryPlan) -> dict[str, str]:
+    """Two columns for the terminal."""
+    rows = {"plan for": f"{plan.context} tokens x {plan.batch}"}
+    rows |= _weight_rows("target", plan.target_weights)
+    if plan.draft_weights:
+        rows |= _weight_rows("draft", plan.draft_weights)
+    rows["KV cache, full layers"] = size(plan.kv.full)
+    rows["KV cache, chunked layers"] = size(plan.kv.chunked)
+    if plan.draft_weights:
+        rows["KV cache, draft"] = size(plan.draft_kv.total)
+    rows["page tables"] = size(plan.kv.tables)
+    rows["activations"] = f"{size(plan.activations)}, scratch of kernels not counted"
+    rows["total"] = size(plan.total)
+    return rows
+
+
+def _weight_rows(name: str, weights: Mapping[str, int]) -> dict[str, str]:
+    rows = {f"{name}, weights": size(sum(weights.values()))}
+    return rows | {f"{name}:   {group}": size(nbytes) for group, nbytes in weights.items()}
+
+
+def as_line(plan: MemoryPlan) -> str:
+    """The same numbers in one line, as `generate` says them before it loads."""
+    parts = {
+        "target": sum(plan.target_weights.values()),
+        "draft": sum(plan.draft_weights.values()),
+        "KV full": plan.kv.full,
+        "KV chunked": plan.kv.chunked,
+        "KV draft": plan.draft_kv.total,
+        "activations": plan.activations,
+    }
+    shown = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
+    return f"memory: {size(plan.total)} for {plan.context} tokens x {plan.batch} ({shown})"
+
+
+def as_dict(plan: MemoryPlan) -> dict[str, Any]:
+    """The object `--json` prints; all sizes in bytes."""
+    return {
+        "context": plan.context,
+        "batch": plan.batch,
+        "target_weights": dict(plan.target_weights),
+        "draft_weights": dict(plan.draft_weights),
+        "kv_full": plan.kv.full,
+        "kv_chunked": plan.kv.chunked,
+        "kv_draft": plan.draft_kv.total,
+        "page_tables": plan.kv.tables,
+        "activations": plan.activations,
+        "total": plan.total,
+    }
+
+
+def size(nbytes: int) -> str:
+    """In the units that GPU memory is sold in."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes / 2**10:.1f} KiB"

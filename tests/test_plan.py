@@ -1,0 +1,118 @@
+"""`aerie plan`, and its numbers at the start of `generate`: what fits runs, the rest is refused.
+
+The numbers themselves are tested against real allocations in tests/eagle3/test_memory_plan.py.
+"""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from aerie import run as running
+from aerie.cli import app
+from aerie.eagle3.registry import load_draft
+from aerie.embedded import DRAFT, TARGET
+from aerie.llama4.model import Llama4ForCausalLM
+from tests.eagle3.test_memory_plan import MAVERICK, SCOUT, bytes_of
+
+GENERATE = ("generate", "--prompt", "A class", "--max-new-tokens", "3", "--json")
+
+
+def aerie(*arguments: object):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def config_only(tmp_path):
+    """`config_only(values)`: a folder that holds nothing but a config."""
+
+    def write(values: dict):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        return tmp_path
+
+    return write
+
+
+def test_the_embedded_pair():
+    found = json.loads(aerie("plan", "--json", "--dtype", "float32").stdout)
+    target = Llama4ForCausalLM.from_pretrained(TARGET)
+    assert sum(found["target_weights"].values()) == bytes_of(target)
+    assert sum(found["draft_weights"].values()) == bytes_of(load_draft(DRAFT, target))
+    assert (found["context"], found["batch"], found["memory"]) == (1024, 1, None)
+    weights = sum(found["target_weights"].values()) + sum(found["draft_weights"].values())
+    caches = found["kv_full"] + found["kv_chunked"] + found["kv_draft"] + found["page_tables"]
+    assert found["total"] == weights + caches + found["activations"]
+
+
+def test_scout_from_its_config_alone(config_only):
+    folder = config_only(SCOUT)
+    fits = aerie("plan", "--model", folder, "--quantize", "fp8", "--memory", 139)
+    assert fits.exit_code == 0
+    assert "110.80 GiB" in fits.stdout
+    refused = aerie("plan", "--model", folder, "--memory", 139, "--json")
+    assert refused.exit_code == 2
+    assert json.loads(refused.stdout)["memory"] == 139 * 2**30
+    assert "not even one token fits beside weights of 200.7" in refused.stderr
+
+
+def test_what_would_fit_is_named(config_only):
+    asked = ("--context", 10**6, "--batch", 2, "--memory", 460)
+    folder = config_only(MAVERICK)
+    result = aerie("plan", "--model", folder, "--quantize", "fp8", *asked)
+    assert result.exit_code == 2
+    found = " ".join(result.stderr.split())
+    context = int(found.split("what fits is ")[1].split()[0])
+    smaller = ("--context", context, "--batch", 2, "--memory", 460)
+    assert "a batch of 1 at 1000000 tokens" in found
+    assert (
+        aerie("plan", "--model", config_only(MAVERICK), "--quantize", "fp8", *smaller).exit_code
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--memory", 0), "--memory: must be a positive number of GiB"),
+        (("--memory", "nan"), "--memory: must be a positive number of GiB"),
+        (("--context", 1025), "must be 1..1024 tokens"),
+        (("--batch", 0), "at least 1 sequence"),
+        (("--revision", "main"), "revision: pins hub ids"),
+        (("--speculative-config", '{"revision": ""}'), "revision: must be a commit, tag or branch"),
+        (
+            ("--draft-revision", "a", "--speculative-config", '{"revision": "b"}'),
+            "pin one draft",
+        ),
+    ],
+    ids=str,
+)
+def test_refuses(options, message):
+    result = aerie("plan", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_generate_says_its_memory_before_it_loads():
+    result = aerie(*GENERATE)
+    assert result.exit_code == 0
+    assert "memory: 16." in result.stderr
+    assert "MiB for 6 tokens x 1 (target 14.52 MiB, draft 1.73 MiB, KV full" in result.stderr
+
+
+def test_generate_refuses_before_it_loads(monkeypatch):
+    def load(*_: object) -> None:
+        raise AssertionError("was loaded")
+
+    monkeypatch.setattr(running, "load_target", load)
+    monkeypatch.setattr(running, "free_memory", lambda device: 10 * 2**20)
+    result = aerie(*GENERATE)
+    assert result.exit_code == 2
+    assert "what cpu has left is 0.01 GiB; not even one token fits beside weights" in result.stderr
+    assert result.stdout == ""
+
+
+def test_free_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert running.free_memory(torch.device("cuda:1")) == 7
+    assert running.free_memory(torch.device("cpu")) is None
