@@ -258,9 +258,7 @@ def _check_images(
     """Raises ValueError for image rows that prompt, target or draft cannot take."""
     width = target.config.hidden_size
     if images.rows_FD.shape[1] != width:
-        raise ValueError(
-            f"images: rows of width {images.rows_FD.shape[1]}, the target's is {width}"
-        )
+        raise ValueError(f"images: rows must be {width} wide, got {images.rows_FD.shape[1]}")
     if images.positions and images.positions[-1] >= len(prompt_ids):
         raise ValueError(
             f"images: reach position {images.positions[-1]} of a prompt of {len(prompt_ids)} tokens"
