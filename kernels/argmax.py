@@ -4,7 +4,8 @@
 
 Ties go to the lowest id, so the choice does not depend on how the row is cut into tiles. A row that
 is no distribution turns into -1 rather than into some token: the caller reads the ids anyway and
-can raise at no extra sync. Single ids may be masked by -inf.
+can raise at no extra sync. Single ids may be masked by -inf. Where a row lies in columns on several
+GPUs, `argmax_keys` gives the best of each as a key; the largest of them says the row's id.
 
 Letters: T rows, V target vocabulary.
 """
@@ -17,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aerie.kernels.backend import check_dtype, check_launchable
+from aerie.kernels.choice_key import choice_key, key_id, key_value
+from aerie.kernels.draft_vocab_merge import sort_key
 
 
 def argmax_ref(logits_TV: Tensor) -> Tensor:
@@ -25,12 +28,25 @@ def argmax_ref(logits_TV: Tensor) -> Tensor:
     return torch.where(maximum_T.abs() < torch.inf, ids_T, -1)
 
 
+def argmax_keys_ref(logits_TV: Tensor, first: int) -> Tensor:
+    """The best key of columns `first` .. in PyTorch."""
+    maximum_T, column_T = logits_TV.max(dim=-1)
+    return choice_key(maximum_T.float(), column_T + first)
+
+
+def chosen_ids(keys_T: Tensor) -> Tensor:
+    """The ids of the largest keys of whole rows; -1 as in `argmax`."""
+    return torch.where(key_value(keys_T).abs() < torch.inf, key_id(keys_T), -1)
+
+
 @triton.jit
 def _argmax_kernel(
-    logits_ptr,  # [T, V]
-    ids_ptr,  # [T]
+    logits_ptr,  # [T, V], columns first .. of a row
+    chosen_ptr,  # [T], ids or keys
     stride_lt,
+    first,
     V,
+    AS_KEYS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -48,8 +64,13 @@ def _argmax_kernel(
         best_id = tl.where(higher, start + v, best_id)
     maximum = tl.max(best, axis=0)
     lowest = tl.min(tl.where(best == maximum, best_id, V), axis=0)
-    is_legal = (tl.sum(num_nan, axis=0) == 0) & (tl.abs(maximum) < float("inf"))
-    tl.store(ids_ptr + t, tl.where(is_legal, lowest, -1).to(tl.int64))
+    has_nan = tl.sum(num_nan, axis=0) > 0
+    if AS_KEYS:
+        maximum = tl.where(has_nan, float("nan"), maximum)
+        tl.store(chosen_ptr + t, sort_key(maximum, first + lowest))
+    else:
+        is_legal = (has_nan == 0) & (tl.abs(maximum) < float("inf"))
+        tl.store(chosen_ptr + t, tl.where(is_legal, lowest, -1).to(tl.int64))
 
 
 @dataclass(frozen=True)
@@ -67,7 +88,7 @@ def _launch_config(vocabulary: int) -> LaunchConfig:
 
 
 @torch.library.custom_op("aerie::argmax", mutates_args=())
-def _argmax_op(logits: Tensor) -> Tensor:
+def _argmax_op(logits: Tensor, first: int = 0, as_keys: bool = False) -> Tensor:
     check_launchable(logits)
     rows, vocabulary = logits.shape
     ids = logits.new_empty(rows, dtype=torch.int64)
@@ -77,7 +98,9 @@ def _argmax_op(logits: Tensor) -> Tensor:
             logits,
             ids,
             logits.stride(0),
+            first,
             vocabulary,
+            AS_KEYS=as_keys,
             BLOCK_V=config.BLOCK_V,
             num_warps=config.num_warps,
         )
@@ -85,7 +108,7 @@ def _argmax_op(logits: Tensor) -> Tensor:
 
 
 @_argmax_op.register_fake
-def _(logits: Tensor) -> Tensor:
+def _(logits: Tensor, first: int = 0, as_keys: bool = False) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
@@ -94,10 +117,24 @@ def argmax(logits_TV: Tensor) -> Tensor:
 
     Raises ValueError on a shape or layout the kernel would read wrongly.
     """
+    _check(logits_TV)
+    return _argmax_op(logits_TV)
+
+
+def argmax_keys(logits_TV: Tensor, first: int) -> Tensor:
+    """The key (`choice_key`) of the largest logit of columns `first` .. of every row, [T] int64;
+    one of NaN where there is a NaN. Raises ValueError as `argmax`.
+    """
+    if first < 0:
+        raise ValueError(f"first: must be the id of the first column, got {first}")
+    _check(logits_TV)
+    return _argmax_op(logits_TV, first, True)
+
+
+def _check(logits_TV: Tensor) -> None:
     if logits_TV.ndim != 2 or logits_TV.shape[1] == 0 or logits_TV.stride(-1) != 1:
         raise ValueError(
             f"logits_TV: must be [T, V] with V > 0 and a contiguous last dimension, "
             f"got shape {tuple(logits_TV.shape)} strides {logits_TV.stride()}"
         )
     check_dtype("logits_TV", logits_TV)
-    return _argmax_op(logits_TV)

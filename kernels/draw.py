@@ -11,7 +11,9 @@ absolute position of the drawn token: the draw of a position is the same in a tr
 batch.
 
 Every block of 4096 ids is a program of its own and leaves its best as one sortable key; a second
-kernel takes the best of these. The choice does not depend on the cut.
+kernel takes the best of these. The choice does not depend on the cut, nor on one between several
+GPUs: `draw_keys` gives the best key of columns `first` .. of a row, and the largest of all is the
+row's.
 
 Letters: T rows, V target vocabulary.
 """
@@ -23,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aerie.kernels import choice_key as choice
 from aerie.kernels.backend import check_launchable, widened
 from aerie.kernels.draft_vocab_merge import NO_KEY, key_id, sort_key
 from aerie.kernels.gumbel import BLOCK, QUARTER, block_words, gumbel_ref, words_to_gumbel
@@ -34,20 +37,36 @@ def draw_ref(
     logits_TV: Tensor, row_filter: RowFilter, seeds_T: Tensor, positions_T: Tensor
 ) -> Tensor:
     """The rule above in PyTorch, whose `max` takes the first of equals."""
-    x_TV, vocabulary = widened(logits_TV), logits_TV.shape[1]
+    _, drawn_T = _scores_ref(logits_TV, row_filter, seeds_T, positions_T, 0).max(dim=-1)
+    return drawn_T.masked_fill_(row_filter.maximum_T.isnan(), -1)
+
+
+def draw_keys_ref(
+    logits_TV: Tensor, row_filter: RowFilter, seeds_T: Tensor, positions_T: Tensor, first: int
+) -> Tensor:
+    """The best key of columns `first` .. in PyTorch."""
+    score_TV = _scores_ref(logits_TV, row_filter, seeds_T, positions_T, first)
+    best_T, column_T = score_TV.max(dim=-1)
+    is_none_T = (best_T == -torch.inf) | row_filter.maximum_T.isnan()
+    return choice.choice_key(best_T, column_T + first).masked_fill_(is_none_T, choice.NO_KEY)
+
+
+def _scores_ref(
+    logits_TV: Tensor, row_filter: RowFilter, seeds_T: Tensor, positions_T: Tensor, first: int
+) -> Tensor:
+    x_TV, width = widened(logits_TV), logits_TV.shape[1]
     columns = [getattr(row_filter, field.name)[:, None] for field in fields(row_filter)]
     maximum_T1, scale_T1, threshold_T1, last_id_T1, _ = columns
-    ids_V = torch.arange(vocabulary, device=x_TV.device)
+    ids_V = torch.arange(first, first + width, device=x_TV.device)
     is_kept_TV = (x_TV > threshold_T1) | ((x_TV == threshold_T1) & (ids_V <= last_id_T1))
-    noise_TV = gumbel_ref(seeds_T, positions_T, vocabulary)
+    noise_TV = gumbel_ref(seeds_T, positions_T, width, first)
     score_TV = (x_TV - maximum_T1) * scale_T1 + noise_TV
-    _, drawn_T = score_TV.masked_fill_(~is_kept_TV, -torch.inf).max(dim=-1)
-    return drawn_T.masked_fill_(maximum_T1[:, 0].isnan(), -1)
+    return score_TV.masked_fill_(~is_kept_TV, -torch.inf)
 
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr,  # [T, V]
+    logits_ptr,  # [T, V], columns first .. of a row
     maximum_ptr,  # [T], as the five below
     scale_ptr,
     threshold_ptr,
@@ -56,37 +75,42 @@ def _draw_kernel(
     positions_ptr,
     keys_ptr,  # [T, blocks], the best of every block
     stride_lt,
+    first,
     V,
 ):
-    block, t = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, t = tl.program_id(0) + first // BLOCK, tl.program_id(1).to(tl.int64)
     maximum, scale = tl.load(maximum_ptr + t), tl.load(scale_ptr + t)
     threshold, last_id = tl.load(threshold_ptr + t), tl.load(last_id_ptr + t)
     words = block_words(tl.load(seeds_ptr + t), tl.load(positions_ptr + t), block)
     best = tl.full([QUARTER], NO_KEY, tl.int64)
     for quarter in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         v = block * BLOCK + quarter * QUARTER + tl.arange(0, QUARTER)
-        logits = tl.load(logits_ptr + t * stride_lt + v, mask=v < V, other=0.0).to(tl.float32)
+        column = v - first
+        in_row = (column >= 0) & (column < V)
+        logits = tl.load(logits_ptr + t * stride_lt + column, mask=in_row, other=0.0).to(tl.float32)
         is_kept = (logits > threshold) | ((logits == threshold) & (v <= last_id))
         score = (logits - maximum) * scale + words_to_gumbel(words[quarter])
-        key = tl.where(is_kept & (v < V), sort_key(score, v), NO_KEY)
+        key = tl.where(is_kept & in_row, sort_key(score, v), NO_KEY)
         best = tl.maximum(best, key)
-    tl.store(keys_ptr + t * tl.num_programs(0) + block, tl.max(best, axis=0))
+    tl.store(keys_ptr + t * tl.num_programs(0) + tl.program_id(0), tl.max(best, axis=0))
 
 
 @triton.jit
 def _draw_merge_kernel(
     keys_ptr,  # [T, blocks]
     maximum_ptr,  # [T]
-    ids_ptr,  # [T]
+    drawn_ptr,  # [T], ids or keys
     num_blocks,
+    AS_KEYS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     keys = tl.load(keys_ptr + t * num_blocks + n, mask=n < num_blocks, other=NO_KEY)
     maximum = tl.load(maximum_ptr + t)
-    drawn = key_id(tl.max(keys, axis=0)).to(tl.int64)
-    tl.store(ids_ptr + t, tl.where(maximum == maximum, drawn, -1))
+    best = tl.max(keys, axis=0)
+    drawn = best if AS_KEYS else key_id(best).to(tl.int64)
+    tl.store(drawn_ptr + t, tl.where(maximum == maximum, drawn, NO_KEY if AS_KEYS else -1))
 
 
 @dataclass(frozen=True)
@@ -98,9 +122,9 @@ class LaunchConfig:
     BLOCK_N: int
 
 
-def _launch_config(vocabulary: int) -> LaunchConfig:
+def _launch_config(width: int, first: int = 0) -> LaunchConfig:
     """A block is what 1024 counters give noise for: 32 ids per thread. Not measured on a GPU."""
-    blocks = triton.cdiv(vocabulary, BLOCK.value)
+    blocks = triton.cdiv(first + width, BLOCK.value) - first // BLOCK.value
     return LaunchConfig(blocks, num_warps=4, BLOCK_N=triton.next_power_of_2(blocks))
 
 
@@ -113,10 +137,12 @@ def _draw_op(
     last_id: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    first: int = 0,
+    as_keys: bool = False,
 ) -> Tensor:
     check_launchable(logits)
-    rows, vocabulary = logits.shape
-    config = _launch_config(vocabulary)
+    rows, width = logits.shape
+    config = _launch_config(width, first)
     keys, ids = seeds.new_empty(rows, config.blocks), seeds.new_empty(rows)
     if rows > 0:
         _draw_kernel[(config.blocks, rows)](
@@ -129,19 +155,27 @@ def _draw_op(
             positions,
             keys,
             logits.stride(0),
-            vocabulary,
+            first,
+            width,
             num_warps=config.num_warps,
             enable_fp_fusion=False,
         )
         _draw_merge_kernel[(rows,)](
-            keys, maximum, ids, config.blocks, BLOCK_N=config.BLOCK_N, num_warps=1
+            keys,
+            maximum,
+            ids,
+            config.blocks,
+            AS_KEYS=as_keys,
+            BLOCK_N=config.BLOCK_N,
+            num_warps=1,
         )
     return ids
 
 
 @_draw_op.register_fake
 def _(logits: Tensor, maximum: Tensor, scale: Tensor, threshold: Tensor, last_id: Tensor,
-      seeds: Tensor, positions: Tensor) -> Tensor:  # fmt: skip
+      seeds: Tensor, positions: Tensor, first: int = 0,
+      as_keys: bool = False) -> Tensor:  # fmt: skip
     return seeds.new_empty(logits.shape[0])
 
 
@@ -151,6 +185,25 @@ def draw(logits_TV: Tensor, row_filter: RowFilter, seeds_T: Tensor, positions_T:
     `positions_T` (int64) are those of the tokens to be drawn, `seeds_T` (int64) any numbers.
     Raises ValueError on a shape, dtype, device or layout the kernel would read wrongly.
     """
+    return _draw_op(*_checked(logits_TV, row_filter, seeds_T, positions_T))
+
+
+def draw_keys(
+    logits_TV: Tensor, row_filter: RowFilter, seeds_T: Tensor, positions_T: Tensor, first: int
+) -> Tensor:
+    """The best key (`choice_key`) of columns `first` .. of every row, [T] int64; NO_KEY where the
+    row is not legal or keeps none of them. `row_filter` has the ids and maximum of whole rows.
+
+    Raises ValueError as `draw`.
+    """
+    if first < 0:
+        raise ValueError(f"first: must be the id of the first column, got {first}")
+    return _draw_op(*_checked(logits_TV, row_filter, seeds_T, positions_T), first, True)
+
+
+def _checked(
+    logits_TV: Tensor, row_filter: RowFilter, seeds_T: Tensor, positions_T: Tensor
+) -> tuple[Tensor, ...]:
     x = logits_TV
     if x.ndim != 2 or x.shape[1] == 0 or x.stride(-1) != 1 or x.dtype not in DTYPES:
         raise ValueError(
@@ -163,12 +216,6 @@ def draw(logits_TV: Tensor, row_filter: RowFilter, seeds_T: Tensor, positions_T:
         check_vector(f"row_filter.{field.name}", column, x.shape[0], x, (dtype,))
     check_vector("seeds_T", seeds_T, x.shape[0], x, (torch.int64,))
     check_vector("positions_T", positions_T, x.shape[0], x, (torch.int64,))
-    return _draw_op(
-        x,
-        row_filter.maximum_T,
-        row_filter.scale_T,
-        row_filter.threshold_T,
-        row_filter.last_id_T,
-        seeds_T,
-        positions_T,
-    )
+    kept = row_filter
+    columns = kept.maximum_T, kept.scale_T, kept.threshold_T, kept.last_id_T
+    return (x, *columns, seeds_T, positions_T)

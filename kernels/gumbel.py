@@ -52,11 +52,16 @@ def _multiplied(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & UINT32
 
 
-def gumbel_ref(seeds_T: Tensor, positions_T: Tensor, vocabulary: int) -> Tensor:
-    """The noise of all ids, [T, V] float32."""
+def gumbel_ref(seeds_T: Tensor, positions_T: Tensor, vocabulary: int, first: int = 0) -> Tensor:
+    """The noise of `vocabulary` ids from `first` on, [T, V] float32."""
+    if first % BLOCK.value:  # a block is made as a whole
+        whole = first // BLOCK.value * BLOCK.value
+        more = first - whole
+        return gumbel_ref(seeds_T, positions_T, more + vocabulary, whole)[:, more:]
     seed_T11, position_T11 = seeds_T[:, None, None], positions_T[:, None, None]
     lanes, quarters = min(LANES, vocabulary), min(4, -(-vocabulary // LANES))
-    counters = torch.arange(-(-vocabulary // BLOCK.value), device=seeds_T.device)[:, None] * LANES
+    blocks = torch.arange(-(-vocabulary // BLOCK.value), device=seeds_T.device)
+    counters = (blocks[:, None] + first // BLOCK.value) * LANES
     counters = counters + torch.arange(lanes, device=seeds_T.device)
     counters = counters.expand(len(seeds_T), -1, -1)
     zeros = torch.zeros_like(counters)

@@ -3,14 +3,22 @@
 Regimes: one column, widths off a power of two, wider than a tile, Llama 4's vocabulary; ties within
 a tile and across tiles, rows of equal values, masked ids, NaN, +inf or only -inf in
 one row, strided and expanded rows, rows beyond 2^31 elements, no rows, writes outside the output,
-unequal runs, bad arguments.
+unequal runs, bad arguments; rows cut into columns, put together from the keys.
 """
 
 import pytest
 import torch
 from hypothesis import given
 
-from aerie.kernels.argmax import _argmax_op, _launch_config, argmax, argmax_ref
+from aerie.kernels.argmax import (
+    _argmax_op,
+    _launch_config,
+    argmax,
+    argmax_keys,
+    argmax_keys_ref,
+    argmax_ref,
+    chosen_ids,
+)
 from tests.evidence import (
     VAST,
     check_compiles,
@@ -79,6 +87,22 @@ def test_illegal_row_is_minus_one_and_no_other(poison, column, device):
         assert op(logits).tolist() == [clean[0], -1, clean[2]]
 
 
+@pytest.mark.parametrize("cuts", [[1], [2, 40, 63]], ids=str)
+def test_keys_of_columns(cuts, device, dtypes):
+    """Ties across a cut, NaN, +inf, -inf and negative zero in one of the parts."""
+    for dtype in dtypes:
+        logits = normal((9, 64), dtype, device).mul(2).round()
+        logits[0, [1, 2, 63]], logits[1, 40], logits[2, 2] = 9.0, torch.nan, torch.inf
+        logits[3], logits[4, :63], logits[5] = -torch.inf, -torch.inf, 0.0
+        logits[5, :16], logits[6, 0], logits[7] = -0.0, -torch.nan, -3.0
+        ends = [0, *cuts, 64]
+        for op in (argmax_keys, argmax_keys_ref):
+            parts = [op(logits[:, i:j], i) for i, j in zip(ends, ends[1:], strict=False)]
+            assert same_bits(chosen_ids(torch.stack(parts).amax(0)), argmax_ref(logits))
+        legal = logits[[4, 5, 7, 8]]
+        assert same_bits(argmax_keys(legal, 7), argmax_keys_ref(legal, 7))
+
+
 def test_llama_4_vocabulary(device):
     logits = torch.randn(1, LLAMA_4_VOCABULARY, device=device).half()
     logits[0, -1] = 100.0
@@ -110,6 +134,8 @@ def test_rejects_bad_arguments(device):
     for bad in (logits[0], logits.t(), logits[:, :0]):
         with pytest.raises(ValueError, match=r"logits_TV: must be \[T, V\] with V > 0"):
             argmax(bad)
+    with pytest.raises(ValueError, match="first: must be the id of the first column, got -1"):
+        argmax_keys(logits, -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])

@@ -3,7 +3,7 @@
 Regimes: one id, widths around a quarter and a block, several blocks, Llama 4's vocabulary; no
 filter, top-k, top-p, min-p, all of them; greedy rows among others; ties of scores and of logits;
 masked ids; NaN, +inf and nothing but -inf in one row; tiny temperatures; strided rows; the same
-draw whichever rows stand beside it; the law of the draws; bad arguments.
+draw whichever rows stand beside it; rows cut into columns; the law of the draws; bad arguments.
 """
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aerie.kernels.draw import _draw_op, draw, draw_ref
+from aerie.kernels.choice_key import key_id
+from aerie.kernels.draw import _draw_op, draw, draw_keys, draw_keys_ref, draw_ref
 from aerie.kernels.row_filter import row_filter, row_filter_ref
 from aerie.kernels.target_probs import target_probs_ref
 from tests.evidence import (
@@ -119,6 +120,23 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(others, ids[order])
 
 
+@pytest.mark.parametrize(("cut", "filters"), [(1, "all"), (4095, "none"), (4096, "greedy")])
+def test_keys_of_columns(cut, filters, device):
+    """The best of the parts of a row is the best of the row, across and within blocks of noise."""
+    logits = normal((3, 4200), torch.float32, device)
+    logits[1, cut:], logits[2, 7] = -torch.inf, torch.nan
+    filter, (seeds, positions) = kept(logits, *FILTERS[filters]), keys(3, device)
+    for op in (draw_keys, draw_keys_ref):
+        parts = [
+            op(part, filter, seeds, positions, first)
+            for part, first in ((logits[:, :cut], 0), (logits[:, cut:], cut))
+        ]
+        ids = key_id(torch.maximum(*parts))
+        assert same_bits(ids, draw_ref(logits, filter, seeds, positions))
+        assert key_id(parts[1])[2] == -1
+    assert same_bits(parts[1][:1], draw_keys(logits[:, cut:], filter, seeds, positions, cut)[:1])
+
+
 @pytest.mark.parametrize("key", ["seed", "position"])
 def test_law(key):
     """Chi-square of 40,000 draws over positions, and over seeds, from one row; alpha 1e-6."""
@@ -164,3 +182,5 @@ def test_rejects_bad_arguments(device):
         draw(logits, filter, seeds.int(), positions)
     with pytest.raises(ValueError, match="positions_T: must be"):
         draw(logits, filter, seeds, positions[:1])
+    with pytest.raises(ValueError, match="first: must be the id of the first column, got -1"):
+        draw_keys(logits, filter, seeds, positions, -1)
