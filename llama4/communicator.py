@@ -11,13 +11,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from aerie.llama4.json_fields import CheckpointError
-from aerie.llama4.sharding import Shard
+from aerie.llama4.sharding import WHOLE, Shard
 
 LOADING = timedelta(hours=1)  # ranks may read at different speeds
 T = TypeVar("T")
@@ -88,13 +87,14 @@ class Communicator:
     def together(self, work: Callable[[], T]) -> T:
         """The result of `work`, once it succeeded on every rank.
 
-        Where it raised a CheckpointError or ValueError on one rank, that is raised on all: none
-        goes on alone and waits for the others.
+        Where it raised on one rank, all raise, the others a CheckpointError that says which one and
+        what: none goes on alone and waits.
         """
-        result, error = None, None
+        error: Exception | None = None
+        result = None
         try:
             result = work()
-        except ValueError as raised:  # CheckpointError is one
+        except Exception as raised:  # whatever it is, the others must not wait
             error = raised
         errors: list[str | None] = [None] * self.shard.size
         dist.all_gather_object(errors, None if error is None else str(error), group=self._host)
@@ -104,3 +104,17 @@ class Communicator:
         if others:
             raise CheckpointError("\n".join(others))
         return result  # pyright: ignore[reportReturnType]  work's own
+
+
+def communicator_of(
+    group: dist.ProcessGroup | DeviceMesh | None, expert_parallel: bool = False
+) -> Communicator | None:
+    """That of a group of several ranks; None for one process, which has nobody to talk to."""
+    if group is None or group.size() == 1:
+        return None
+    return Communicator(group, expert_parallel=expert_parallel)
+
+
+def shard_of(communicator: Communicator | None) -> Shard:
+    """The part of the model that this process holds."""
+    return WHOLE if communicator is None else communicator.shard

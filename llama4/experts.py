@@ -18,6 +18,7 @@ from aerie.kernels.stream_launch import FP8
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.packing import SCALES, Place, StoredInParts, stored_name
 from aerie.llama4.quantization import Granularity
+from aerie.llama4.sharding import WHOLE, Shard
 from aerie.llama4.weight_quantization import BLOCK
 
 FUSED_SCALES = ("scale", "weight_scale")
@@ -46,9 +47,11 @@ class Experts(StoredInParts):
     gate_up_proj_input_scale: nn.Parameter | None  # [E, 2]: files may have one of gate and of up
     down_proj_input_scale: nn.Parameter | None  # [E, 1]
 
-    def __init__(self, config: Llama4Config) -> None:
+    def __init__(self, config: Llama4Config, shard: Shard = WHOLE) -> None:
         super().__init__()
-        E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
+        own = shard.experts(config.num_local_experts)
+        E, D, F = len(own), config.hidden_size, shard.expert_width(config.intermediate_size)
+        self.first_expert = own.start  # of those that are here
         self.gate_up_proj = _parameter(torch.empty(E, D, 2 * F).mT)
         self.down_proj = _parameter(torch.empty(E, F, D).mT)
         for whole in WHOLES:
@@ -97,7 +100,8 @@ class Experts(StoredInParts):
     def places(
         self, parameters: Mapping[str, Tensor], prefix: str, names: Collection[str]
     ) -> Iterator[tuple[str, Place]]:
-        experts = range(len(self.gate_up_proj))
+        first = self.first_expert
+        experts = range(first, first + len(self.gate_up_proj))
         separate = any(f"{prefix}{e}.{p.name}.weight" in names for e in experts for p in self.parts)
         return (
             self._separate_places(prefix, names) if separate else self._fused_places(prefix, names)
@@ -106,7 +110,8 @@ class Experts(StoredInParts):
     def _separate_places(self, prefix: str, names: Collection[str]) -> Iterator[tuple[str, Place]]:
         for e in range(len(self.gate_up_proj)):
             for part in self.parts:
-                name, whole = f"{prefix}{e}.{part.name}", f"{prefix}{part.whole}"
+                name = f"{prefix}{self.first_expert + e}.{part.name}"
+                whole = f"{prefix}{part.whole}"
                 shape = tuple(getattr(self, part.whole)[e, part.rows].shape)
                 if not self.is_fp8:
                     yield f"{name}.weight", Place(whole, (shape,), (e, part.rows))
@@ -152,7 +157,7 @@ class Experts(StoredInParts):
         """No file has block scales of fused experts: then one expert's scale is asked for."""
         scale, weight = getattr(self, f"{whole}_scale"), getattr(self, whole)
         if scale.shape[1] != weight.shape[1]:
-            return f"{prefix}0.{whole.removeprefix('gate_')}.weight_scale"
+            return f"{prefix}{self.first_expert}.{whole.removeprefix('gate_')}.weight_scale"
         return next(
             (n for leaf in FUSED_SCALES if (n := f"{prefix}{whole}_{leaf}") in names),
             f"{prefix}{whole}_{FUSED_SCALES[0]}",

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
-from aerie.kernels.embedding import Embedding, embedding, embedding_ref
+from aerie.kernels.embedding import embedding, embedding_ref
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
-from aerie.kernels.rms_norm import NormedResidual, RMSNorm
+from aerie.kernels.rms_norm import NormedResidual
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
 from aerie.llama4.checkpoint import LoadOptions, Progress, Renaming, load_weights
+from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.fp8_layout import hold_fp8, take_kv_scales
 from aerie.llama4.hub import resolve_folder
@@ -32,6 +33,8 @@ from aerie.llama4.quantization import (
     quantized_on_load,
     read_quantization,
 )
+from aerie.llama4.sharded_modules import residual_norm, token_embedding
+from aerie.llama4.sharding import check_shard, local_attention
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class LayerOutput:
 
 @dataclass(frozen=True)
 class Llama4Output:
-    """`logits_TV` of the asked rows; `aux_hidden_states[i]` is [T, D], in ascending layer order."""
+    """`logits_TV` of the asked rows; `aux_hidden_states[i]` is [T, D], in ascending layer order.
+
+    On one rank of several, V are the logits of its part of the vocabulary; the taps are whole.
+    """
 
     logits_TV: Tensor
     aux_hidden_states: tuple[Tensor, ...]
@@ -53,16 +59,24 @@ class Llama4Output:
 class DecoderLayer(Module):
     """Attention, then a dense or mixture-of-experts feed-forward, each behind an RMSNorm."""
 
-    def __init__(self, config: Llama4Config, layer: int, backend: ResolvedBackend) -> None:
+    def __init__(
+        self,
+        config: Llama4Config,
+        layer: int,
+        backend: ResolvedBackend,
+        communicator: Communicator | None,
+    ) -> None:
         super().__init__()
-        is_moe = layer in config.moe_layers
+        shard = shard_of(communicator)
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(width, eps, backend)
-        self.self_attn = Attention(config.attention(layer), layer, backend)
-        self.post_attention_layernorm = RMSNorm(width, eps, backend)
-        self.feed_forward = (
-            MoE(config, backend) if is_moe else MLP(width, config.intermediate_size_mlp, backend)
-        )
+        self.input_layernorm = residual_norm(width, eps, backend, communicator)
+        attention = local_attention(config.attention(layer), shard)
+        self.self_attn = Attention(attention, layer, backend)
+        self.post_attention_layernorm = residual_norm(width, eps, backend, communicator)
+        if layer in config.moe_layers:
+            self.feed_forward = MoE(config, backend, shard)
+        else:
+            self.feed_forward = MLP(width, shard.width(config.intermediate_size_mlp), backend)
 
     def forward(self, entry: NormedResidual, rotation: Rotation, step: Step) -> LayerOutput:
         attended_TD = self.self_attn(entry.normed_TD, rotation, step)
@@ -73,12 +87,17 @@ class DecoderLayer(Module):
 class Llama4Model(Module):
     """Embedding, decoder layers, final norm."""
 
-    def __init__(self, config: Llama4Config, backend: ResolvedBackend) -> None:
+    def __init__(
+        self, config: Llama4Config, backend: ResolvedBackend, communicator: Communicator | None
+    ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, backend)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = token_embedding(config.vocab_size, width, backend, communicator)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, backend) for layer in layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, backend, communicator) for layer in layers
+        )
+        self.norm = residual_norm(width, eps, backend, communicator)
         with torch.device("cpu"):  # computed, not loaded: must exist even while building on meta
             inv_freq_J = inverse_frequencies(
                 config.head_dim, config.rope.theta, config.rope.scaling
@@ -105,13 +124,21 @@ class Llama4ForCausalLM(Module):
         config: Llama4Config,
         backend: Backend = "auto",
         device: torch.device | str = "cpu",
+        communicator: Communicator | None = None,
     ) -> None:
-        """`device` is where the model will run; it decides what backend `auto` means."""
+        """`device` is where the model will run; it decides what backend `auto` means.
+
+        With a `communicator` this is one rank's part of the target. `config` is the whole one's.
+        """
         super().__init__()
         self.config = config
+        self.communicator = communicator
+        shard = shard_of(communicator)
+        check_shard(config, shard)
         self.backend = resolve(backend, device)
-        self.model = Llama4Model(config, self.backend)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, False, self.backend)
+        self.model = Llama4Model(config, self.backend, communicator)
+        vocabulary = shard.width(config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, vocabulary, False, self.backend)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._aux_layers: tuple[int, ...] = ()
@@ -237,7 +264,7 @@ class Llama4ForCausalLM(Module):
         attentions = [layer.self_attn for layer in self.model.layers]
         return PagedKVCache(
             config.num_hidden_layers,
-            config.num_key_value_heads,
+            attentions[0].spec.num_kv_heads,
             config.head_dim,
             max_length,
             chunk_sizes=[attention.spec.chunk_size for attention in attentions],

@@ -15,17 +15,24 @@ from aerie.kernels.router import router, router_ref
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.experts import Experts
 from aerie.llama4.mlp import MLP
+from aerie.llama4.sharding import WHOLE, Shard
 
 
 class MoE(Module):
-    """shared_expert(x) + sum over the chosen experts of expert(x * sigmoid(router logit))."""
+    """shared_expert(x) + sum over the chosen experts of expert(x * sigmoid(router logit)).
 
-    def __init__(self, config: Llama4Config, backend: ResolvedBackend) -> None:
+    One rank of several computes a summand of that: its part of the widths, or its experts.
+    """
+
+    def __init__(
+        self, config: Llama4Config, backend: ResolvedBackend, shard: Shard = WHOLE
+    ) -> None:
         super().__init__()
         self.experts_per_token = config.num_experts_per_tok
         self.router = Linear(config.hidden_size, config.num_local_experts, False, backend)
-        self.experts = Experts(config)
-        self.shared_expert = MLP(config.hidden_size, config.intermediate_size, backend)
+        self.experts = Experts(config, shard)
+        inner_width = shard.width(config.intermediate_size)
+        self.shared_expert = MLP(config.hidden_size, inner_width, backend)
         self._router = pick(backend, router, router_ref)
         self._experts = pick(backend, experts, experts_ref)
         self._fp8_experts = pick(backend, fp8_experts, fp8_experts_ref)

@@ -12,7 +12,7 @@ from aerie.llama4.communicator import Communicator
 class ReducedRMSNorm(RMSNorm):
     """The norm behind a block whose output is a partial sum: reduces, adds, normalises.
 
-    The only place where a model's ranks meet. A kernel that does all three at once belongs here.
+    The only place where the ranks meet in a layer. A kernel that does all three belongs here.
     """
 
     def __init__(
@@ -22,7 +22,9 @@ class ReducedRMSNorm(RMSNorm):
         self._communicator = communicator
 
     def add(self, x_TD: Tensor, residual_TD: Tensor | None) -> NormedResidual:
-        return super().add(self._communicator.all_reduce(x_TD), residual_TD)
+        if residual_TD is not None:  # without one `x_TD` is the embedding, which is whole
+            x_TD = self._communicator.all_reduce(x_TD)
+        return super().add(x_TD, residual_TD)
 
 
 def residual_norm(
@@ -35,7 +37,7 @@ def residual_norm(
 
 
 class ShardedEmbedding(Embedding):
-    """A range of the vocabulary; the rows of other ids are zero, so that the ranks' sum is the row.
+    """A range of the vocabulary on every rank; each row is the sum of one row and of zeros.
 
     An id outside the vocabulary is left to the ranks at its ends, who treat it as `Embedding` does.
     """
@@ -45,6 +47,7 @@ class ShardedEmbedding(Embedding):
     ) -> None:
         own, shard = communicator.shard.part(num_rows), communicator.shard
         super().__init__(own.stop - own.start, width, backend)
+        self._communicator = communicator
         limits = torch.iinfo(torch.int64)
         self._start = own.start
         self._first = limits.min if shard.rank == 0 else own.start
@@ -53,7 +56,7 @@ class ShardedEmbedding(Embedding):
     def forward(self, ids_T: Tensor) -> Tensor:
         is_own_T = (ids_T >= self._first) & (ids_T <= self._last)
         rows_TD = super().forward(torch.where(is_own_T, ids_T - self._start, 0))
-        return rows_TD.masked_fill_(~is_own_T[:, None], 0.0)
+        return self._communicator.all_reduce(rows_TD.masked_fill_(~is_own_T[:, None], 0.0))
 
 
 def token_embedding(

@@ -62,17 +62,15 @@ class Shard:
         count = num_experts // self.size
         return range(self.rank * count, (self.rank + 1) * count)
 
-    def expert_width(self, width: int) -> slice:
-        """Which columns of them."""
-        return slice(0, width) if self.expert_parallel else self.part(width)
+    def expert_width(self, width: int) -> int:
+        """How many of their columns."""
+        return width if self.expert_parallel else self.width(width)
 
 
 WHOLE = Shard()
 
 
-def sizes_for(
-    num_heads: int, widths: tuple[int, ...], num_experts: int | None = None
-) -> list[int]:
+def sizes_for(num_heads: int, widths: tuple[int, ...], num_experts: int | None = None) -> list[int]:
     """The sizes that cut a model: divisors of its heads (and experts, where those are dealt out)
     that leave no rank without a column."""
     return [
