@@ -13,8 +13,8 @@ LOWEST_BITS = 0x7FFFFFFF
 
 def choice_key(values: Tensor, ids: Tensor) -> Tensor:
     """Keys of float32 `values` and int64 `ids` (0 .. 2^31 - 1). NaN goes before everything."""
-    values = torch.where(values.isnan(), torch.nan, values) + 0.0  # one NaN; -0 ties with 0
-    return (_ordered(values).long() << 32) | (LOWEST_BITS - ids)
+    values = torch.where(values.isnan(), torch.nan, values)  # which has several bit patterns
+    return (ordered_bits(values).long() << 32) | (LOWEST_BITS - ids)
 
 
 def key_value(keys: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def key_id(keys: Tensor) -> Tensor:
     return torch.where(keys == NO_KEY, -1, LOWEST_BITS - (keys & LOWEST_BITS))
 
 
-def _ordered(values: Tensor) -> Tensor:
-    """Their bits as integers that rise with them."""
-    bits = values.float().view(torch.int32)
+def ordered_bits(values: Tensor) -> Tensor:
+    """The bits of float32 values as int32 that rise with them; -0 ties with 0."""
+    bits = (values.float() + 0.0).view(torch.int32)
     return bits ^ ((bits >> 31) & LOWEST_BITS)

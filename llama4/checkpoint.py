@@ -55,7 +55,8 @@ class LoadOptions:
 
     An `optional` tensor that is absent keeps the module's value. FP8 parameters take the files'
     codes and scales as they are or, with `quantize`, are made from unquantised tensors on the way.
-    `check_finite` looks at every value; `progress` is told bytes read and bytes in all.
+    `check_finite` looks at every value; `progress` is told bytes read and bytes in all. With a
+    `rank_reader` the module is one rank's part, and only that is read.
     """
 
     dtype: torch.dtype
@@ -64,6 +65,7 @@ class LoadOptions:
     quantize: bool = False
     check_finite: bool = True
     progress: Progress | None = None
+    rank_reader: Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]] | None = None
 
 
 @torch.inference_mode(False)  # what is read by threads, which have no such mode, serves in either
@@ -80,6 +82,8 @@ def load_weights(
     Raises CheckpointError listing all that is wrong, and then the module is as it was.
     """
     found, quantize = renamed(stored_tensors(folder), renaming), options.quantize
+    if options.rank_reader is not None:
+        found = options.rank_reader(found)
     parameters = dict(_own_tensors(module))
     places = _places(module, parameters, found)
     if quantize:

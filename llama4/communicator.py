@@ -41,9 +41,9 @@ class Communicator:
         self.group = group
         self.shard = Shard(dist.get_rank(group), dist.get_world_size(group), expert_parallel)
         self._ranks = dist.get_process_group_ranks(group)
-        self._host = dist.new_group(
-            self._ranks, LOADING, backend="gloo", use_local_synchronization=True
-        )
+        host = dist.new_group(self._ranks, LOADING, "gloo", use_local_synchronization=True)
+        assert isinstance(host, dist.ProcessGroup), "a member of the group it was made for"
+        self._host = host
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all of them; in place."""

@@ -4,11 +4,14 @@ The residual stream is kept as (delta, residual) so that every residual add fuse
 behind it. `residual` after a layer's first norm is that layer's un-normed input: EAGLE-3's tap.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.embedding import embedding, embedding_ref
@@ -19,7 +22,7 @@ from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rota
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
 from aerie.llama4.checkpoint import LoadOptions, Progress, Renaming, load_weights
-from aerie.llama4.communicator import Communicator, shard_of
+from aerie.llama4.communicator import Communicator, communicator_of, shard_of
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.fp8_layout import hold_fp8, take_kv_scales
 from aerie.llama4.hub import resolve_folder
@@ -35,6 +38,7 @@ from aerie.llama4.quantization import (
 )
 from aerie.llama4.sharded_modules import residual_norm, token_embedding
 from aerie.llama4.sharding import check_shard, local_attention
+from aerie.llama4.stored_shards import rank_reader
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,11 @@ class Llama4ForCausalLM(Module):
         backend: Backend = "auto",
         device: torch.device | str = "cpu",
         quantization: Quantization | None = None,
+        communicator: Communicator | None = None,
     ) -> "Llama4ForCausalLM":
         """The model on the meta device, laid out as it will be where it runs: on `device`."""
         with torch.device("meta"):
-            model = cls(config, backend, device)
+            model = cls(config, backend, device, communicator)
             if quantization is not None:
                 hold_fp8(model, quantization)
             if model.backend == "eager":
@@ -174,6 +179,8 @@ class Llama4ForCausalLM(Module):
         revision: str | None = None,
         check_finite: bool = True,
         progress: Progress | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
+        expert_parallel: bool = False,
     ) -> "Llama4ForCausalLM":
         """Loads a Hugging Face folder, or a hub id (at a `revision`), text-only or the text part of
         a multimodal one.
@@ -184,19 +191,45 @@ class Llama4ForCausalLM(Module):
         but for router and head. Strict: every parameter must be present once, in the right shape
         and finite (unless `check_finite` is off), and nothing may be left over. `progress` is told
         bytes read and bytes in all. Raises CheckpointError listing all that is wrong.
+
+        With a `group` of several processes each holds, and reads, its part of the target
+        (`llama4/sharding.py`), with `expert_parallel` whole experts. All of them must come here;
+        what one cannot load, none does.
         """
+        communicator = communicator_of(group, expert_parallel)
+        load = partial(
+            cls._load,
+            path,
+            backend,
+            quantize,
+            quantize_linears,
+            revision,
+            LoadOptions(dtype, device, check_finite=check_finite, progress=progress),
+            communicator,
+        )
+        return load() if communicator is None else communicator.together(load)
+
+    @classmethod
+    def _load(
+        cls,
+        path: str | Path,
+        backend: Backend,
+        quantize: Quantize | None,
+        quantize_linears: bool,
+        revision: str | None,
+        options: LoadOptions,
+        communicator: Communicator | None,
+    ) -> "Llama4ForCausalLM":
         folder = resolve_folder(path, revision)
         config = Llama4Config.from_pretrained(folder)
         quantization = read_quantization(folder)
         if quantize is not None:
             quantization = quantized_on_load(folder, quantization, quantize, quantize_linears)
-        model = cls.without_values(config, backend, device, quantization)
-        options = LoadOptions(
-            dtype,
-            device,
+        model = cls.without_values(config, backend, options.device, quantization, communicator)
+        options = replace(
+            options,
             quantize=quantize is not None,
-            check_finite=check_finite,
-            progress=progress,
+            rank_reader=None if communicator is None else rank_reader(config, communicator.shard),
         )
         load_weights(model, folder, RENAME, options)
         if quantization is not None:
@@ -264,7 +297,7 @@ class Llama4ForCausalLM(Module):
         attentions = [layer.self_attn for layer in self.model.layers]
         return PagedKVCache(
             config.num_hidden_layers,
-            attentions[0].spec.num_kv_heads,
+            local_attention(config.attention(0), shard_of(self.communicator)).num_kv_heads,
             config.head_dim,
             max_length,
             chunk_sizes=[attention.spec.chunk_size for attention in attentions],

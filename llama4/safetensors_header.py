@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,11 @@ class StoredTensor:
     @property
     def shown_dtype(self) -> str:
         return str(self.dtype or self.kind)
+
+    def extents(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Where rows `first` to `last` lie: offsets in the file and bytes, in the rows' order."""
+        row = self.nbytes // max(1, self.shape[0] if self.shape else 1)
+        yield self.offset + first * row, (last - first) * row
 
 
 def read_header(file: Path) -> list[StoredTensor]:

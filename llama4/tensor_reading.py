@@ -71,7 +71,7 @@ def read(source: StoredTensor) -> Tensor:
         raise CheckpointError(f"{source.file}: {source.name}: PyTorch has no type {source.kind}")
     result = torch.empty(source.shape, dtype=source.dtype)
     with source.file.open("rb") as stream:
-        _fill(stream.fileno(), source, 0, _bytes(result))
+        _fill(stream.fileno(), source, 0, len(result) if source.shape else 1, _bytes(result))
     return result
 
 
@@ -160,7 +160,7 @@ def _read_in_place(file: int, source: StoredTensor, first: int, piece: Tensor) -
     """Reads without a detour where memory has the layout of the file."""
     same = piece.dtype == source.dtype and piece.device.type == "cpu" and piece.is_contiguous()
     if same:
-        _fill(file, source, first, _bytes(piece))
+        _fill(file, source, first, first + len(piece), _bytes(piece))
     return same
 
 
@@ -172,7 +172,7 @@ def _read_rows(file: int, source: StoredTensor, first: int, last: int) -> Tensor
     buffer = getattr(_mine, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = _mine.buffer = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8)
-    _fill(file, source, first, buffer[:size])
+    _fill(file, source, first, last, buffer[:size])
     return buffer[:size].view(source.dtype).view(shape)
 
 
@@ -183,16 +183,16 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def _fill(file: int, source: StoredTensor, first_row: int, memory: Tensor) -> None:
-    """Fills `memory` with the bytes from a row on; a file that has become shorter is an error."""
-    rows = source.shape[0] if source.shape else 1
-    offset = source.offset + first_row * (source.nbytes // max(1, rows))
+def _fill(file: int, source: StoredTensor, first: int, last: int, memory: Tensor) -> None:
+    """Fills `memory` with some rows' bytes; a file that has become shorter is an error."""
     target, done = memory.numpy().data, 0
-    while done < len(target):
-        count = os.preadv(file, [target[done:]], offset + done)
-        if count == 0:
-            raise CheckpointError(f"{source.file}: became shorter while it was read")
-        done += count
+    for offset, nbytes in source.extents(first, last):
+        end = done + nbytes
+        while done < end:
+            count = os.preadv(file, [target[done:end]], offset + nbytes - (end - done))
+            if count == 0:
+                raise CheckpointError(f"{source.file}: became shorter while it was read")
+            done += count
 
 
 def _count_not_finite(piece: Tensor) -> int:

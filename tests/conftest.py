@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.ranks import Ranks
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
@@ -47,6 +49,14 @@ def dtypes(device) -> tuple[torch.dtype, ...]:
     if device.type == "cuda":
         return (torch.float32, torch.float16, torch.bfloat16)
     return (torch.float32, torch.float16)
+
+
+@pytest.fixture(scope="session", params=[2, 4], ids=["two-ranks", "four-ranks"])
+def ranks(request, tmp_path_factory):
+    """`ranks(function, *arguments)` runs a function on every rank of a gloo group (`Ranks`)."""
+    group = Ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()
 
 
 @pytest.fixture(scope="session")
