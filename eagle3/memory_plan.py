@@ -22,6 +22,7 @@ from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantization
 
 GIB = 2**30
+CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ class MemoryPlanner:
             draft_kv,
             self._activations(batch),
         )
+
+    @property
+    def usual_context(self) -> int:
+        """What is planned for where nothing else is asked."""
+        return min(CONTEXT, self.target.max_position_embeddings)
 
     def largest_context(self, memory: int, batch: int) -> int:
         """The most tokens per sequence that fit into `memory` bytes; 0: not even one."""

@@ -23,21 +23,21 @@ from aerie.eagle3.checkpoint import (
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.formats import LAYER_KEY
+from aerie.eagle3.memory_plan import MemoryPlan
 from aerie.eagle3.reading import Decision
 from aerie.eagle3.registry import EAGLE3_KEYS, resolve
 from aerie.kernels.head_rows import ids_from_offsets
 from aerie.llama4.checkpoint import LoadOptions, load_weights
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.json_fields import CheckpointError, read_json, strings
-from aerie.llama4.kv_plan import plan_pools
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.safetensors_header import StoredTensor
 from aerie.llama4.stored_tensors import stored_tensors
 from aerie.llama4.tensor_groups import NAMES, group_of
+from aerie.plan import make_planner
 
 T = TypeVar("T")
 USUAL_DEPTH = 48  # Scout's and Maverick's, where no target is given
-PAGE_SIZE, STEP_ROWS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class Inspection:
     facts: dict[str, str] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     groups: dict[str, Group] = field(default_factory=dict)
-    kv_bytes: int | None = None  # in two-byte elements
-    context: int = 0
-    batch: int = 0
+    memory: MemoryPlan | None = None  # of the target, or the pair, in bfloat16 on a GPU
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -80,14 +78,16 @@ class Inspection:
             return None
 
 
-def inspect(folder: Path, target: Path | None, context: int, batch: int) -> Inspection:
+def inspect(folder: Path, target: Path | None, context: int | None, batch: int) -> Inspection:
     """Looks at a target or, where the config is one, at an Eagle3 draft for `target`.
 
-    Raises ValueError for a plan of no tokens; what is wrong with the files is in the result.
+    Memory is planned for `batch` sequences of `context` tokens, None for 8192 or the most that the
+    target has. Raises ValueError for a plan of something else; what is wrong with the files is in
+    the result.
     """
-    if context < 1 or batch < 1:
+    if batch < 1 or (context is not None and context < 1):
         raise ValueError(f"--context, --batch: must be at least 1, got {context} and {batch}")
-    found = Inspection(folder, "target", context=context, batch=batch)
+    found = Inspection(folder, "target")
     values = found.attempt(lambda: read_json(folder / "config.json"))
     stored = found.attempt(lambda: stored_tensors(folder)) or []
     found.groups = _groups(stored)
@@ -100,7 +100,15 @@ def inspect(folder: Path, target: Path | None, context: int, batch: int) -> Insp
         _inspect_draft(found, values, target, bool(stored))
     else:
         _inspect_target(found, values, bool(stored))
+    pair = (target, folder) if found.kind == "draft" else (folder, None)
+    if pair[0] is not None and not found.problems:
+        found.memory = _memory(pair[0], pair[1], context, batch)
     return found
+
+
+def _memory(target: Path, draft: Path | None, context: int | None, batch: int) -> MemoryPlan:
+    planner = make_planner(target, draft, dtype=torch.bfloat16, backend="eager")
+    return planner.plan(planner.usual_context if context is None else context, batch)
 
 
 def _is_draft(values: Mapping[str, Any]) -> bool:
@@ -125,8 +133,6 @@ def _inspect_target(found: Inspection, values: Mapping[str, Any], has_tensors: b
         "vocabulary": str(config.vocab_size),
         "context": str(config.max_position_embeddings),
     }
-    chunks = [config.attention(layer).chunk_size for layer in range(depth)]
-    found.kv_bytes = _kv_bytes(found, chunks, config.num_key_value_heads, config.head_dim)
     if has_tensors:
         found.attempt(
             lambda: Llama4ForCausalLM.from_pretrained(found.folder, torch.float32, "meta", "eager")
@@ -147,8 +153,6 @@ def _inspect_draft(
     if config is None:
         return
     found.decisions = (*config.decisions, *_readings(config))
-    spec = config.attention
-    found.kv_bytes = _kv_bytes(found, [None], spec.num_kv_heads, spec.head_dim)
     if has_tensors:
         _inspect_draft_tensors(found, config, target)
 
@@ -200,14 +204,6 @@ def _readings(config: Eagle3Config) -> tuple[Decision, ...]:
     )
 
 
-def _kv_bytes(
-    found: Inspection, chunk_sizes: Sequence[int | None], num_kv_heads: int, head_dim: int
-) -> int:
-    """Keys and values of all sequences in two-byte elements, as the cache allots them."""
-    plans = plan_pools(chunk_sizes, found.context, PAGE_SIZE, STEP_ROWS)
-    return found.batch * sum(plan.bytes(PAGE_SIZE, num_kv_heads, head_dim, 2) for plan in plans)
-
-
 def _groups(stored: Sequence[StoredTensor]) -> dict[str, Group]:
     found: dict[str, list[StoredTensor]] = {}
     for tensor in stored:
@@ -220,43 +216,3 @@ def _group(tensors: Sequence[StoredTensor]) -> Group:
     for tensor in tensors:
         values[tensor.kind] = values.get(tensor.kind, 0) + torch.Size(tensor.shape).numel()
     return Group(values, sum(tensor.nbytes for tensor in tensors))
-
-
-def as_rows(found: Inspection) -> dict[str, str]:
-    """Two columns for the terminal."""
-    rows = {"checkpoint": f"{found.kind} in {found.folder}", **found.facts}
-    for decision in found.decisions:
-        rows[decision.topic] = f"{decision.choice} ({decision.reason})"
-    for name, group in found.groups.items():
-        shown = ", ".join(f"{count:,} {kind}" for kind, count in group.values.items())
-        rows[f"  {name}"] = f"{shown} = {_size(group.nbytes)}"
-    rows["weights"] = f"{found.num_values:,} values, {_size(found.weight_bytes)} as stored"
-    if found.kv_bytes is not None:
-        plan = f"{found.context} tokens x {found.batch}, 16 bit (half of it with FP8)"
-        rows["KV cache"] = f"{_size(found.kv_bytes)} for {plan}"
-    rows["problems"] = str(len(found.problems) or "none found")
-    return rows
-
-
-def as_dict(found: Inspection) -> dict[str, Any]:
-    """The object `--json` prints."""
-    decisions = {d.topic: {"choice": d.choice, "reason": d.reason} for d in found.decisions}
-    groups = {n: {"values": dict(g.values), "bytes": g.nbytes} for n, g in found.groups.items()}
-    return {
-        "folder": str(found.folder),
-        "kind": found.kind,
-        "facts": found.facts,
-        "decisions": decisions,
-        "tensors": groups,
-        "num_values": found.num_values,
-        "weight_bytes": found.weight_bytes,
-        "kv_cache": {"context": found.context, "batch": found.batch, "bytes": found.kv_bytes},
-        "problems": found.problems,
-    }
-
-
-def _size(nbytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes / 1e3:.1f} kB"

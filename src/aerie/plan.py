@@ -78,8 +78,8 @@ def _weight_rows(name: str, weights: Mapping[str, int]) -> dict[str, str]:
     return rows | {f"{name}:   {group}": size(nbytes) for group, nbytes in weights.items()}
 
 
-def as_line(plan: MemoryPlan) -> str:
-    """The same numbers in one line, as `generate` says them before it loads."""
+def as_text(plan: MemoryPlan) -> str:
+    """The same numbers in one line."""
     parts = {
         "target": sum(plan.target_weights.values()),
         "draft": sum(plan.draft_weights.values()),
@@ -89,7 +89,7 @@ def as_line(plan: MemoryPlan) -> str:
         "activations": plan.activations,
     }
     shown = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
-    return f"memory: {size(plan.total)} for {plan.context} tokens x {plan.batch} ({shown})"
+    return f"{size(plan.total)} for {plan.context} tokens x {plan.batch} ({shown})"
 
 
 def as_dict(plan: MemoryPlan) -> dict[str, Any]:

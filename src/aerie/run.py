@@ -21,7 +21,7 @@ from aerie.llama4.hub import resolve_folder
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize
-from aerie.plan import as_line, free_memory, make_planner
+from aerie.plan import as_text, free_memory, make_planner
 from aerie.progress import loading
 from aerie.text import TextStream, load_tokenizer
 
@@ -119,7 +119,7 @@ def _plan(
     )
     wanted = num_prompt_ids + request.max_new_tokens
     found = planner.plan(max(1, min(wanted, planner.target.max_position_embeddings)))
-    console.print(as_line(found), markup=False, soft_wrap=True)
+    console.print(f"memory: {as_text(found)}", markup=False, soft_wrap=True)
     memory = free_memory(request.device)
     if memory is not None:
         planner.check(found, memory, f"what {request.device} has left")

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from aerie import inspection
+from aerie import inspection, inspection_report
 from aerie.commands.shared import JsonOption, exit_code_2_on_bad_input, stdout
+from aerie.eagle3.memory_plan import CONTEXT
 from aerie.llama4.hub import resolve_folder
 from aerie.report import key_value_table
 
@@ -22,7 +23,10 @@ class InspectOptions:
         str | None, typer.Option(help="Commit, tag or branch of the hub id at PATH.")
     ] = None
     target_revision: Annotated[str | None, typer.Option(help="That of --target.")] = None
-    context: Annotated[int, typer.Option(help="Tokens per sequence to plan memory for.")] = 8192
+    context: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens of a sequence to plan memory for. Default: {CONTEXT}"),
+    ] = None
     batch: Annotated[int, typer.Option(help="Sequences to plan memory for.")] = 1
     as_json: JsonOption = False
 
@@ -35,9 +39,9 @@ def inspect(options: InspectOptions) -> None:
         folder = resolve_folder(options.path, options.revision)
         found = inspection.inspect(folder, target, options.context, options.batch)
     if options.as_json:
-        print(json.dumps(inspection.as_dict(found)))
+        print(json.dumps(inspection_report.as_dict(found)))
     else:
-        stdout.print(key_value_table(inspection.as_rows(found)))
+        stdout.print(key_value_table(inspection_report.as_rows(found)))
         for problem in found.problems:
             stdout.print(f"problem: {problem}", markup=False, soft_wrap=True)
     if found.problems:

@@ -22,7 +22,7 @@ from aerie.commands.shared import (
     exit_code_2_on_bad_input,
     stdout,
 )
-from aerie.eagle3.memory_plan import GIB
+from aerie.eagle3.memory_plan import CONTEXT, GIB
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.llama4.hub import resolve_folder
 from aerie.plan import as_dict, as_rows, free_memory, make_planner, size
@@ -30,7 +30,6 @@ from aerie.report import key_value_table
 from aerie.run import dtype_named
 
 GPU = torch.device("cuda")
-CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ def plan(options: PlanOptions) -> None:
             quantize_linears=options.quantize_linears,
             speculation=speculation,
         )
-        usual = min(CONTEXT, planner.target.max_position_embeddings)
-        found = planner.plan(usual if options.context is None else options.context, options.batch)
+        context = planner.usual_context if options.context is None else options.context
+        found = planner.plan(context, options.batch)
         if options.as_json:
             print(json.dumps(as_dict(found) | {"memory": memory}))
         else:
