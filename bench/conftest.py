@@ -1,8 +1,8 @@
 """Collection and the `measure` fixture of the kernel benchmarks.
 
-`pytest bench` collects every file under `bench/kernels/` and `bench/generate.py`; the functions in
-them are called `bench_*`. On a CPU only the references and their rivals are timed: the interpreter
-checks a kernel's arithmetic, and its run time says nothing about the kernel.
+`pytest bench` collects every file under `bench/kernels/`, and `OTHERS`; the functions in them are
+called `bench_*`. On a CPU only the references and their rivals are timed: the interpreter checks a
+kernel's arithmetic, and its run time says nothing about the kernel.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from bench.timer import Work
 from bench.verdict import verdicts
 
 BENCH = Path(__file__).parent
+OTHERS = (BENCH / "generate.py", BENCH / "loading.py")
 SESSION = pytest.StashKey[BenchSession]()
 HOST_ROUNDS = 5
 
@@ -27,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector):
-    is_bench = file_path.parent == BENCH / "kernels" or file_path == BENCH / "generate.py"
+    is_bench = file_path.parent == BENCH / "kernels" or file_path in OTHERS
     if is_bench and file_path.suffix == ".py" and not parent.session.isinitpath(file_path):
         return pytest.Module.from_parent(parent, path=file_path)
     return None

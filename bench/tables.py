@@ -7,8 +7,8 @@ COLUMNS = (
     *("op", "case", "provider", "us", "p20-p80", "one shot", "launches", "cache"),
     *("GB/s", "TFLOP/s", "floor us", "% floor", "% read", "x eager"),
 )
-GENERATE_COLUMNS = ("benchmark", "host ms", "tok/s", "AL")
-GENERATE_NOTES = ("tokens_per_second", "acceptance_length")
+GENERATE_COLUMNS = ("benchmark", "host ms", "tok/s", "AL", "GB/s")
+GENERATE_NOTES = ("tokens_per_second", "acceptance_length", "gb_per_second")
 README_COLUMNS = ("op", "case", "µs", "p20-p80", "% of floor", "x eager", "x compile")
 Row = dict[str, Any]
 
