@@ -5,8 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from aerie.eagle3.cost_aware import CostAware
+from aerie.eagle3.cost_measurement import measured_costs
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
 from aerie.eagle3.reading import AS_WRITTEN, KEYS, Reading
+from aerie.eagle3.width import RoundCosts
+from aerie.llama4.model import Llama4ForCausalLM
+
+MEASURED = "measured"
 
 
 @dataclass(frozen=True)
@@ -15,8 +22,9 @@ class SpeculativeConfig:
     `revision` pins.
 
     A chain, or a dynamic tree if `eagle_topk` and `num_steps` are given, or a static one if
-    `speculative_token_tree` is (see `policies`). The keys of `Reading` (`tap_convention`, ...)
-    stand beside the others in the JSON.
+    `speculative_token_tree` is (see `policies`). `cost_aware_width` lets each round choose how deep
+    and wide that is worth being, by given `RoundCosts` or by "measured" ones (see `width`). The
+    keys of `Reading` (`tap_convention`, ...) stand beside the others in the JSON.
     """
 
     method: str = "eagle3"
@@ -28,6 +36,7 @@ class SpeculativeConfig:
     num_steps: int | None = None
     speculative_token_tree: Sequence[Sequence[int]] | None = None
     confidence_threshold: float = 0.0
+    cost_aware_width: RoundCosts | str | None = None
     reading: Reading = AS_WRITTEN
 
     def __post_init__(self) -> None:
@@ -42,6 +51,9 @@ class SpeculativeConfig:
                 f"revision: must be a commit, tag or branch of the hub, got {self.revision!r}"
             )
         _ = self.policy  # checks its values
+        width = self.cost_aware_width
+        if width is not None and width != MEASURED and not isinstance(width, RoundCosts):
+            raise ValueError(f'cost_aware_width: must be "{MEASURED}" or costs, got {width!r}')
         if self.draft_tensor_parallel_size != 1 or self.draft_tensor_parallel_size is True:
             raise ValueError(
                 "draft_tensor_parallel_size: must be 1 (the target's size), "
@@ -50,7 +62,7 @@ class SpeculativeConfig:
 
     @property
     def policy(self) -> Policy:
-        """Raises ValueError for values out of range or of two policies."""
+        """What is drafted at most. Raises ValueError for values out of range or of two policies."""
         if self.speculative_token_tree is not None:
             if self.eagle_topk is not None or self.num_steps is not None:
                 raise ValueError(
@@ -69,6 +81,14 @@ class SpeculativeConfig:
             raise ValueError("eagle_topk, num_steps: a dynamic tree needs both")
         sizes = self.num_speculative_tokens, self.eagle_topk, self.num_steps
         return DynamicTree(*sizes, self.confidence_threshold)
+
+    def policy_on(self, target: Llama4ForCausalLM, draft: Eagle3Llama4ForCausalLM | None) -> Policy:
+        """The policy, cost-aware if asked; "measured" takes up to two seconds of this pair."""
+        if self.cost_aware_width is None or draft is None:
+            return self.policy
+        if isinstance(self.cost_aware_width, RoundCosts):
+            return CostAware(self.policy, self.cost_aware_width)
+        return CostAware(self.policy, measured_costs(target, draft, self.policy.num_rows))
 
     @classmethod
     def from_json(cls, text: str) -> "SpeculativeConfig":
@@ -96,5 +116,7 @@ class SpeculativeConfig:
                 f"speculative config: unknown keys {unknown}; known are {', '.join(known)}"
             )
         own = {key: value for key, value in values.items() if key not in KEYS}
+        if isinstance(own.get("cost_aware_width"), dict):
+            own["cost_aware_width"] = RoundCosts.from_dict(own["cost_aware_width"])
         reading = Reading.from_dict({k: v for k, v in values.items() if k in KEYS})
         return cls(**own, reading=reading)

@@ -66,6 +66,8 @@ def best_nodes(
 def best_part(tree: DraftTree, count: int, depth: int) -> DraftTree:
     """The `count` best nodes of `tree`, none of them deeper than `depth`, by its scores."""
     assert tree.scores_N is not None, "cut by scores, which this drafter does not give"
+    if count == len(tree.tokens_N):
+        return tree
     if tree.depth == len(tree.tokens_N):
         return chain(tree.tokens_N[:count], tree.scores_N[:count])
     parents_N = tree.parents()[1:] - 1

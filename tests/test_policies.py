@@ -1,9 +1,9 @@
 """Every speculation policy writes the ids of plain decoding, and drafts what it says it drafts.
 
-Regimes: chains, static and dynamic trees of random shape, with and without a confidence stop,
-greedy and sampled, around chunk edges and up to the end of the context; trees that hold the truth
-on some branch are accepted to their depth; the dynamic tree against EAGLE-2 written down node by
-node, each path run alone; shapes and keys that must be refused.
+Regimes: chains, static and dynamic trees of random shape, with and without a confidence stop and
+cost-aware width, greedy and sampled, around chunk edges and up to the end of the context; trees
+that hold the truth on some branch are accepted to their depth; the dynamic tree against EAGLE-2
+written down node by node, each path run alone; shapes and keys that must be refused.
 """
 
 import random
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.generate import Decoding, generate
 from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.tree import DraftTree
+from aerie.eagle3.width import RoundCosts
 from aerie.llama4.cache import DeviceTree, Tree
 from tests.test_lossless import (
     CHUNK,
@@ -32,6 +34,16 @@ BINARY = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 2), (1, 0, 1)]
 
 
 def random_policy(choose: random.Random) -> Policy:
+    """Every third one cost-aware, by a table that wants few nodes, many, or sizes in between."""
+    policy = random_fixed_policy(choose)
+    if choose.random() < 2 / 3:
+        return policy
+    slope, sizes = choose.choice([0.01, 0.2, 1.0]), {1, *choose.sample(range(2, 64), 20), 64}
+    costs = RoundCosts({rows: 1 + slope * rows for rows in sizes}, choose.choice([0.0, 0.2]))
+    return CostAware(policy, costs)
+
+
+def random_fixed_policy(choose: random.Random) -> Policy:
     threshold = choose.choice([0.0, 0.0, 0.05, 0.3])
     kind = choose.choice([Chain, StaticTree, DynamicTree])
     if kind is Chain:

@@ -158,7 +158,7 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         request.max_new_tokens,
         loaded.draft,
         kv_cache_dtype=request.kv_cache_dtype,
-        policy=request.speculation.policy,
+        policy=request.speculation.policy_on(loaded.target, loaded.draft),
         sampling=sampling,
         detokenize=loaded.tokenizer.decode,
     )

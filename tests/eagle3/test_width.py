@@ -1,0 +1,227 @@
+"""Cost-aware width: the choice against brute force, what it learns, cut trees, refused tables.
+
+That the ids stay those of plain decoding is in tests/test_policies.py, what the choice is worth in
+tests/test_width_simulation.py.
+"""
+
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from aerie.eagle3.cost_aware import CostAware, CostAwareDrafter
+from aerie.eagle3.cost_measurement import measured_costs
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.eagle3.tree import DraftTree, best_part, chain
+from aerie.eagle3.width import Experience, RoundCosts, worth_deepening, worth_verifying
+from aerie.llama4.cache import Tree
+from tests.test_lossless import random_draft, random_target
+
+LINEAR = RoundCosts({rows: 1.0 + rows for rows in range(1, 65)}, 0.5)
+
+
+def falling(choose: random.Random, count: int) -> list[float]:
+    return sorted((choose.random() for _ in range(count)), reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_count_is_the_best_of_all_counts(seed):
+    choose = random.Random(seed)
+    sizes = sorted({1, *choose.sample(range(2, 40), 8), 40})
+    costs = RoundCosts({size: choose.uniform(1, 20) for size in sizes})
+    gains, rate, batch = falling(choose, 20), choose.uniform(0.05, 1), choose.randint(1, 8)
+
+    def value(count: int) -> float:
+        return sum(gains[:count]) - rate * costs.verify(batch + count)
+
+    chosen = worth_verifying(gains, costs, rate, batch)
+    assert value(chosen) == pytest.approx(max(value(count) for count in range(21)))
+
+
+def test_count_fills_its_size_class():
+    steps = RoundCosts({1: 1.0, 4: 2.0, 8: 3.0})
+    assert steps.verify(3) == steps.verify(4) == 2.0
+    assert worth_verifying([0.5] * 3, steps, 0.1) == 3
+    assert worth_verifying([0.9, 0.9, 0.9, 0.01, 0.01], steps, 0.5) == 3
+    assert worth_verifying([0.9] * 30, steps, 0.1) == 7  # more than 8 rows are never verified
+
+
+def test_what_costs_nothing_is_verified_and_what_costs_much_is_not():
+    flat = RoundCosts({1: 1.0, 9: 1.0})
+    assert worth_verifying([0.01] * 8, flat, 1.0) == 8
+    assert worth_verifying([0.99] * 8, RoundCosts({1: 1.0, 9: 100.0}), 1.0) == 0
+
+
+def test_the_larger_the_batch_the_wider():
+    """A concave table: the roots of a large batch touch all experts, so that nodes are free."""
+    table = RoundCosts({rows: 16 * (1 - (15 / 16) ** rows) + 3 for rows in range(1, 600)})
+    share = [
+        worth_verifying(sorted([0.25, 0.2, 0.15, 0.1] * batch, reverse=True), table, rate, batch)
+        / batch
+        for batch, rate in ((1, 0.3), (64, 4.0))
+    ]
+    assert share == [0, 4]
+
+
+def test_deepens_where_some_further_level_pays():
+    gains = [0.9]
+    for draft_ms, expected in ((0.1, True), (50.0, False)):
+        costs = RoundCosts(LINEAR.verify_ms, draft_ms)
+        assert worth_deepening(gains, gains, 4, 0.9, costs, 0.3) == expected
+    assert not worth_deepening(gains, gains, 0, 0.9, LINEAR, 0.3)
+    jump = RoundCosts({1: 1.0, 2: 1.1, 5: 3.0})  # one level more is not worth it, three are
+    assert not worth_deepening(gains, gains, 1, 1.0, jump, 1.0)
+    assert worth_deepening(gains, gains, 3, 1.0, jump, 1.0)
+
+
+@pytest.mark.parametrize("exponent", [0.4, 1.0])
+def test_experience_finds_how_far_to_trust_the_draft(exponent):
+    choose, experience = random.Random(1), Experience(LINEAR)
+    for _ in range(400):
+        chances = falling(choose, 3)
+        uniform = choose.random()  # one path: deeper nodes are accepted with the ones above
+        accepted = sum(uniform < p**exponent for p in chances)
+        experience.observe(chances, chances, accepted)
+    assert experience.exponent == pytest.approx(exponent, abs=0.1)
+    assert experience.gain(0.25) == 0.25**experience.exponent
+
+
+def test_rate_is_tokens_over_the_table_s_time():
+    experience = Experience(LINEAR)
+    assert experience.rate == 1 / 2.0  # plain decoding
+    experience.observe([0.5, 0.25], [0.5, 0.25, 0.1], num_accepted=1)
+    assert experience.rate == 2 / (LINEAR.verify(3) + 3 * 0.5)
+    before = experience.fall
+    experience.observe([0.5], [0.9, 0.09, 0.009], num_accepted=0)
+    assert experience.fall < before
+
+
+def tree(seed: int) -> DraftTree:
+    choose, parents, scores = random.Random(seed), [-1], [0.0]
+    for row in range(1, 20):
+        parents.append(choose.randrange(row))
+        scores.append(scores[parents[-1]] - choose.choice([0.0, 0.5, 1.0, 2.0]))
+    shape = Tree(tuple(parents))
+    return DraftTree(torch.arange(100, 119), shape, max(shape.depths()), torch.tensor(scores[1:]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_part_keeps_ancestors_and_the_best(seed):
+    whole = tree(seed)
+    assert whole.scores_N is not None
+    parents = whole.parents().tolist()
+    for count in range(20):
+        part = best_part(whole, count, whole.depth)
+        kept = [token - 99 for token in part.tokens_N.tolist()]
+        assert all(parents[row] in (0, *kept) for row in kept)
+        dropped = [row for row in range(1, 20) if row not in kept]
+        score = whole.scores_N.tolist()
+        worst = min((score[row - 1] for row in kept), default=0.0)
+        assert all(score[row - 1] <= worst for row in dropped)
+        above = part.parents().tolist()[1:]
+        assert [([0, *kept])[parent] for parent in above] == [parents[row] for row in kept]
+
+
+class Guesses:
+    """An inner drafter of given scores, asked as a real one is."""
+
+    tap_layers = ()
+
+    def __init__(self, goes_on, scores: list[float]) -> None:
+        self.goes_on, self.scores, self.drafted = goes_on, torch.tensor(scores), []
+
+    def observe(self, aux_hidden_states, next_ids_T, images=None) -> None:
+        pass
+
+    def propose(self, num_tokens: int) -> DraftTree:
+        depth = 1
+        while depth < num_tokens and self.goes_on(self.scores[depth - 1 : depth]):
+            depth += 1
+        self.drafted.append(depth)
+        depth = min(depth, num_tokens)
+        return chain(torch.arange(depth), self.scores[:depth])
+
+
+def drafting(scores: list[float], costs: RoundCosts) -> Any:
+    drafter = CostAwareDrafter(lambda goes_on: Guesses(goes_on, scores), costs)
+    drafter.observe((), torch.tensor([1, 2, 3]))  # a prompt is no round
+    return drafter
+
+
+def test_a_sure_draft_goes_deep_and_an_unsure_one_is_not_verified():
+    costs = RoundCosts({rows: 4.0 + rows for rows in range(1, 65)}, 0.3)
+    sure = drafting([-0.01 * i for i in range(1, 9)], costs)
+    unsure = drafting([-6.0 * i for i in range(1, 9)], RoundCosts({1: 1.0, 9: 9.0}, 0.5))
+    assert len(sure.propose(8).tokens_N) == sure.inner.drafted[0] == 8
+    assert len(unsure.propose(8).tokens_N) == 0
+    assert unsure.inner.drafted == [1]
+    assert len(sure.propose(0).tokens_N) == 0
+
+
+def test_a_draft_that_keeps_failing_is_verified_less():
+    gentle = RoundCosts({rows: 4.0 + 0.3 * rows for rows in range(1, 10)}, 0.1)
+    drafter = drafting([-0.3 * i for i in range(1, 9)], gentle)
+    first = len(drafter.propose(8).tokens_N)
+    for _ in range(60):
+        drafter.propose(8)
+        drafter.observe((), torch.tensor([5]))  # nothing accepted
+    assert len(drafter.propose(8).tokens_N) < first / 2
+
+
+def test_nan_scores_are_worth_nothing():
+    """... and are sorted on the host as on the device, so that a kept node has its ancestors."""
+    assert len(drafting([float("nan")] * 8, LINEAR).propose(8).tokens_N) == 0
+    whole, free = tree(3), RoundCosts({1: 1.0, 9: 1.0})
+    assert whole.scores_N is not None
+    scores_N = whole.scores_N.clone()
+    scores_N[::4] = torch.nan
+    drafter = drafting([], free)
+    drafter.inner.propose = lambda _: replace(whole, scores_N=scores_N)
+    part = drafter.propose(9)
+    assert len(part.tokens_N) == 8
+    assert max(Tree(tuple(part.parents().tolist())).depths()) <= part.depth
+
+
+@pytest.mark.parametrize("num_rows", [1, 9, 63])
+def test_costs_are_measured_in_time(num_rows):
+    target = random_target(0, num_hidden_layers=4)
+    draft = random_draft(0, target)
+    start = time.perf_counter()
+    costs = measured_costs(target, draft, num_rows)
+    assert time.perf_counter() - start < 2
+    assert costs.sizes[0] == 1
+    assert costs.sizes[-1] == num_rows + 1
+    times = [costs.verify_ms[size] for size in costs.sizes]
+    assert times == sorted(times)
+    assert costs.draft_level_ms > 0
+    policy = SpeculativeConfig.from_dict({"cost_aware_width": "measured"}).policy_on(target, draft)
+    assert isinstance(policy, CostAware)
+    assert policy.costs.sizes[-1] == 5
+
+
+def test_costs_from_the_speculative_config():
+    make = SpeculativeConfig.from_dict
+    table = {"verify_ms": {"1": 4.0, "4": 7.7}, "draft_level_ms": 0.2}
+    assert make({"cost_aware_width": table}).cost_aware_width == RoundCosts({1: 4.0, 4: 7.7}, 0.2)
+    assert make({"cost_aware_width": "measured"}).cost_aware_width == "measured"
+
+
+BAD = [
+    ("fast", 'cost_aware_width: must be "measured" or costs'),
+    ({"verify": {}}, 'must be "measured" or {"verify_ms"'),
+    ({"verify_ms": [1, 2]}, 'must be "measured" or {"verify_ms"'),
+    ({"verify_ms": {"2": 1.0}}, "needs the time of 1 row"),
+    ({"verify_ms": {"1": 0}}, r"verify_ms\[1\]: must be milliseconds, got 0"),
+    ({"verify_ms": {"1": "5"}}, r"verify_ms\[1\]: must be milliseconds, got '5'"),
+    ({"verify_ms": {"one": 5}}, "rows must be integers >= 1, got 'one'"),
+    ({"verify_ms": {"1": 5}, "draft_level_ms": -1}, "draft_level_ms: must be milliseconds, got -1"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), BAD)
+def test_rejects_bad_costs(value, message):
+    with pytest.raises(ValueError, match=message):
+        SpeculativeConfig.from_dict({"cost_aware_width": value})
