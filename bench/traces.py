@@ -11,6 +11,8 @@ replayed from any round's start (`bench.width`). One JSON line per prompt and te
 """
 
 import json
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,6 +28,26 @@ from aerie.text import load_tokenizer
 
 PATH = Path(__file__).parent / "results" / "acceptance_traces.jsonl"
 DEPTH, NUM_TOKENS, NUM_PROMPTS, TEMPERATURES = 8, 72, 16, (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One recorded position: log-probabilities of the chain down to each level, and its truth."""
+
+    scores: tuple[float, ...]
+    accepted: int
+
+
+@cache
+def read_traces(temperature: float) -> list[Start]:
+    """All recorded positions of a temperature, prompt after prompt."""
+    starts = []
+    for line in PATH.read_text().splitlines():
+        trace = json.loads(line)
+        if trace["temperature"] == temperature:
+            pairs = zip(trace["scores"], trace["accepted"], strict=True)
+            starts += [Start(tuple(x / 100 for x in scores), n) for scores, n in pairs]
+    return starts
 
 
 class Recorder(ChainDrafter):
