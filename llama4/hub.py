@@ -35,6 +35,8 @@ def resolve_folder(
         raise CheckpointError(f"{path}: is a file; give the folder that holds config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise CheckpointError(f"{path}: no such folder, nor a hub id of the form owner/name")
+    if revision is not None and (not re.fullmatch(r"\w[\w./-]*", revision) or ".." in revision):
+        raise CheckpointError(f"revision: {revision!r} is no commit, tag or branch of the hub")
     wanted = [*DESCRIPTION, *(WEIGHTS if with_weights else ())]
     try:
         snapshot = snapshot_download(
