@@ -97,7 +97,8 @@ def _check_blocks(group: Group, parts: Mapping[str, int]) -> None:
     if group.granularity == "block" and len(parts) > 1 and ragged:
         raise CheckpointError(
             f"config key 'quantization_config': block scales of parts that are one matrix in "
-            f"memory need multiples of {BLOCK} rows, got {ragged}; scale per channel instead"
+            f"memory need multiples of {BLOCK} rows (on each rank), got {ragged}; scale per "
+            f"channel instead"
         )
 
 

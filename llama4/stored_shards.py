@@ -6,7 +6,7 @@ and columns of their codes. The rest of the loader sees the slices as tensors of
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from aerie.llama4.config import Llama4Config
@@ -143,7 +143,7 @@ class RankReader:
         if module in ("k_proj", "v_proj"):
             size = total // self.num_kv_heads
             heads = self.shard.kv_heads(self.num_heads, self.num_kv_heads)
-            return tuple(slice(head * size, (head + 1) * size) for head in heads)
+            return _joined(slice(head * size, (head + 1) * size) for head in heads)
         return (self.shard.part(total),)
 
     def _is_elsewhere(self, name: str) -> bool:
@@ -151,6 +151,16 @@ class RankReader:
         if number is None or not int(number[1]) < self.num_experts:
             return False
         return int(number[1]) not in self.shard.experts(self.num_experts)
+
+
+def _joined(slices: Iterable[slice]) -> tuple[slice, ...]:
+    """The same with neighbours as one range, which may hold FP8 blocks that heads share."""
+    joined: list[slice] = []
+    for part in slices:
+        if joined and joined[-1].stop == part.start:
+            part = slice(joined.pop().start, part.stop)
+        joined.append(part)
+    return tuple(joined)
 
 
 def _blocks(name: str, slices: tuple[slice, ...], total: int) -> tuple[slice, ...]:
