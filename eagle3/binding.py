@@ -14,6 +14,7 @@ from aerie.kernels.head_rows import head_rows, ids_from_offsets
 from aerie.kernels.linear import Linear
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.json_fields import CheckpointError, read_fields
+from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.packing import lay_out_for_eager
 
 
@@ -48,6 +49,22 @@ def is_copy(own: Embedding, shared: Embedding) -> bool:
 def swap_input_halves(qkv_FD: Tensor) -> None:
     """In place: columns for [hidden, embedding] become columns for [embedding, hidden]."""
     qkv_FD.copy_(qkv_FD.roll(qkv_FD.shape[1] // 2, 1))
+
+
+def tap_layers(config: Eagle3Config, target: Llama4ForCausalLM) -> tuple[int, ...]:
+    """The config's tap ids, or the target's default. Raises CheckpointError if unusable."""
+    is_default = config.aux_hidden_state_layers is None
+    layers = config.aux_hidden_state_layers or target.get_eagle3_default_aux_hidden_state_layers()
+    if len(layers) != config.num_taps:
+        raise CheckpointError(f"taps: fc reads {config.num_taps}, the ids are {layers}")
+    depth = target.config.num_hidden_layers
+    if len(set(layers)) != len(layers) or not set(layers) <= set(range(depth + 1)):
+        origin = "the target's default" if is_default else "from the draft's config"
+        raise CheckpointError(
+            f"config key 'eagle_aux_hidden_state_layer_ids': {layers}, {origin}, must be "
+            f"distinct and within 0..{depth} (inputs of the target's layers)"
+        )
+    return layers
 
 
 def sharing_decisions(

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aerie.eagle3.architectures import LayerKind
 from aerie.eagle3.config_fields import ConfigFields, FeatureNorm
 from aerie.eagle3.formats import Format, flatten
 from aerie.eagle3.reading import AS_WRITTEN, Decision, DraftMultimodal, Reading, TapConvention
-from aerie.eagle3.registry import LayerKind
 from aerie.llama4.attention_config import AttentionSpec, RopeConfig
 from aerie.llama4.json_fields import read_fields, read_json
 

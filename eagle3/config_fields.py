@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aerie.eagle3.architectures import Architecture, LayerKind, architecture
 from aerie.eagle3.conventions import (
     TAP_KEY,
     Taps,
@@ -20,7 +21,6 @@ from aerie.eagle3.conventions import (
 )
 from aerie.eagle3.formats import FlatConfig
 from aerie.eagle3.reading import AS_WRITTEN, Decision, Reading
-from aerie.eagle3.registry import LayerKind, Resolution, resolve_flat
 from aerie.eagle3.supported import attention_window, check_supported
 from aerie.llama4.attention_config import AttentionSpec, check_heads, read_rope, read_temperature
 from aerie.llama4.json_fields import CheckpointError, flag, integer, integers, number
@@ -72,12 +72,12 @@ class ConfigFields:
         }
 
     @property
-    def resolution(self) -> Resolution:
-        return resolve_flat(self.flat)
+    def architecture(self) -> Architecture:
+        return architecture(self.flat)
 
     @property
     def kind(self) -> LayerKind:
-        return self.resolution.layer_kind
+        return self.architecture.layer_kind
 
     @property
     def taps(self) -> Taps:
@@ -151,10 +151,10 @@ class ConfigFields:
 
     def decisions(self) -> tuple[Decision, ...]:
         """Every choice that the file left open, for the log and for `aerie inspect`."""
-        flat, resolution = self.flat, self.resolution
+        flat, named = self.flat, self.architecture
         found = [
             Decision("format", flat.format, f"as written by {flat.producer}"),
-            Decision("layer kind", resolution.layer_kind, resolution.reason),
+            Decision("layer kind", named.layer_kind, named.reason),
             self.taps.decision,
             *flat.decisions,
             *read_norm_output(flat, self.reading).decisions,

@@ -24,6 +24,7 @@ from aerie.eagle3.binding import (
     is_copy,
     sharing_decisions,
     swap_input_halves,
+    tap_layers,
 )
 from aerie.eagle3.checkpoint import (
     OwnParts,
@@ -35,26 +36,23 @@ from aerie.eagle3.checkpoint import (
     tensor_names,
 )
 from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.decoder_layer import Eagle3DecoderLayer
 from aerie.eagle3.interface import Target
 from aerie.eagle3.reading import AS_WRITTEN, Reading, log_decisions
 from aerie.kernels.aux_projection import AuxProjection, JointNorm, TapNorm
-from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
+from aerie.kernels.backend import Backend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
 from aerie.kernels.embedding import Embedding
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
-from aerie.kernels.qkv_projection import qkv_projection, qkv_projection_ref
 from aerie.kernels.rms_norm import RMSNorm
-from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
-from aerie.llama4.attention import Attention
+from aerie.kernels.rotation import inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.image_features import ImageFeatures
-from aerie.llama4.json_fields import CheckpointError, read_fields
+from aerie.llama4.json_fields import read_fields
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
-from aerie.llama4.mlp import MLP
-from aerie.llama4.model import LayerOutput
 from aerie.llama4.packing import lay_out_for_eager
 
 OWN_HEAD = OwnParts(embedding=False, head=True)
@@ -66,41 +64,6 @@ class DraftOutput:
 
     post_norm_TD: Tensor
     next_hidden_TD: Tensor
-
-
-class Eagle3DecoderLayer(Module):
-    """The draft's layer: attention over [embedding, hidden state], then a dense SwiGLU."""
-
-    def __init__(self, config: Eagle3Config, backend: ResolvedBackend) -> None:
-        super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.norm_before_residual = config.norm_before_residual
-        self.input_layernorm = RMSNorm(width, eps, backend)
-        self.hidden_norm = RMSNorm(width, eps, backend)
-        self.self_attn = Attention(config.attention, 0, backend)
-        self.post_attention_layernorm = RMSNorm(width, eps, backend)
-        self.mlp = MLP(width, config.intermediate_size, backend)
-        self._qkv_projection = pick(backend, qkv_projection, qkv_projection_ref)
-
-    def forward(
-        self, ids_T: Tensor, table_VD: Tensor, hidden_TD: Tensor, turns: Rotation, step: Step
-    ) -> LayerOutput:
-        """`ids_T` are rows of the embedding `table_VD`; the output's two parts add up to `pre`."""
-        projection = self.self_attn.qkv_proj
-        qkv_TF = self._qkv_projection(
-            ids_T,
-            table_VD,
-            hidden_TD,
-            self.input_layernorm.weight,
-            self.hidden_norm.weight,
-            self.hidden_norm.eps,
-            projection.weight,
-            bias_F=projection.bias,
-        )
-        attended_TD = self.self_attn.attend(qkv_TF, turns, step)
-        residual_TD = self.hidden_norm(hidden_TD) if self.norm_before_residual else hidden_TD
-        middle = self.post_attention_layernorm.add(attended_TD, residual_TD)
-        return LayerOutput(self.mlp(middle.normed_TD), middle.residual_TD)
 
 
 class Eagle3Llama4ForCausalLM(Module):
@@ -222,20 +185,7 @@ class Eagle3Llama4ForCausalLM(Module):
 
     def tap_layers(self, target: Target) -> tuple[int, ...]:
         """The config's tap ids, or the target's default. Raises CheckpointError if unusable."""
-        target = target.get_language_model()
-        default = target.get_eagle3_default_aux_hidden_state_layers()
-        layers = self.config.aux_hidden_state_layers or default
-        if len(layers) != self.config.num_taps:
-            raise CheckpointError(f"taps: fc reads {self.config.num_taps}, the ids are {layers}")
-        depth = target.config.num_hidden_layers
-        if len(set(layers)) != len(layers) or not set(layers) <= set(range(depth + 1)):
-            is_default = self.config.aux_hidden_state_layers is None
-            origin = "the target's default" if is_default else "from the draft's config"
-            raise CheckpointError(
-                f"config key 'eagle_aux_hidden_state_layer_ids': {layers}, {origin}, must be "
-                f"distinct and within 0..{depth} (inputs of the target's layers)"
-            )
-        return layers
+        return tap_layers(self.config, target.get_language_model())
 
     def combine_hidden_states(self, aux_hidden_states: Sequence[Tensor]) -> Tensor:
         """fc over the taps (each [T, target width]); their concatenation is never built."""

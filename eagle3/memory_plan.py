@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from aerie.eagle3.binding import check_fits
+from aerie.eagle3.binding import check_fits, tap_layers
 from aerie.eagle3.checkpoint import OwnParts
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
@@ -154,7 +154,7 @@ class MemoryPlanner:
         check_fits(config, parts, self.target)
         with torch.device("meta"):
             draft = Eagle3Llama4ForCausalLM(config, "eager", "cpu", parts)
-        draft.tap_layers(self.empty_target())
+        tap_layers(config, self.empty_target())  # refuses what does not fit
         sizes = weight_bytes(draft, self.run.dtype)
         if not parts.head and config.draft_vocab_size < config.vocab_size:  # cut from the target's
             rows = config.draft_vocab_size * config.hidden_size
@@ -182,10 +182,7 @@ def activations(planner: MemoryPlanner, num_rows: int, all_logits: bool) -> int:
     """Of one pass of the target over `num_rows` rows, its taps included."""
     model = planner.empty_target()
     if planner.draft is not None:
-        taps = planner.draft.config.aux_hidden_state_layers
-        model.set_aux_hidden_state_layers(
-            taps or model.get_eagle3_default_aux_hidden_state_layers()
-        )
+        model.set_aux_hidden_state_layers(tap_layers(planner.draft.config, model))
     return activation_bytes(model, planner.run.dtype, num_rows, all_logits)
 
 

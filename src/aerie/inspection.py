@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from aerie.eagle3.architectures import EAGLE3_KEYS, architecture
 from aerie.eagle3.binding import check_fits, sharing_decisions
 from aerie.eagle3.checkpoint import (
     check_is_dense,
@@ -22,10 +23,9 @@ from aerie.eagle3.checkpoint import (
 )
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.formats import LAYER_KEY
+from aerie.eagle3.formats import LAYER_KEY, flatten
 from aerie.eagle3.memory_plan import MemoryPlan
 from aerie.eagle3.reading import Decision
-from aerie.eagle3.registry import EAGLE3_KEYS, resolve
 from aerie.kernels.head_rows import ids_from_offsets
 from aerie.llama4.checkpoint import LoadOptions, load_weights
 from aerie.llama4.config import Llama4Config
@@ -146,9 +146,9 @@ def _inspect_draft(
     depth = target.num_hidden_layers if target else USUAL_DEPTH
     if folder is None:
         found.facts["target"] = f"none given (--target): {depth} layers assumed, fit not checked"
-    resolution = found.attempt(lambda: resolve(values))
-    if resolution is not None:
-        found.facts["architecture"] = resolution.architecture
+    named = found.attempt(lambda: architecture(flatten(values)))
+    if named is not None:
+        found.facts["architecture"] = named.name
     config = found.attempt(lambda: Eagle3Config.from_hf(values, depth))
     if config is None:
         return

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aerie.eagle3 import registry
+from aerie.eagle3.architectures import registered
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.registry import load_draft, register, resolve
 from aerie.llama4.json_fields import CheckpointError
@@ -55,8 +55,14 @@ def test_unknown_names_list_the_known_ones(names):
     assert not names or names[0] in str(error.value)
 
 
-def test_users_register_their_own(monkeypatch, tmp_path, draft_files, make_target):
-    monkeypatch.setattr(registry, "_registered", {})
+@pytest.fixture
+def _no_name_stays():
+    yield
+    registered.clear()
+
+
+@pytest.mark.usefixtures("_no_name_stays")
+def test_users_register_their_own(tmp_path, draft_files, make_target):
 
     class Ours(Eagle3Llama4ForCausalLM):
         """A draft with another name."""
@@ -74,8 +80,8 @@ def test_users_register_their_own(monkeypatch, tmp_path, draft_files, make_targe
             register(taken, Ours)
 
 
-def test_an_own_name_must_say_its_layer(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
+@pytest.mark.usefixtures("_no_name_stays")
+def test_an_own_name_must_say_its_layer():
     register("OursForCausalLM", Eagle3Llama4ForCausalLM)
     with pytest.raises(CheckpointError, match="'model_type'"):
         resolve({"architectures": ["OursForCausalLM"]})
