@@ -11,6 +11,17 @@ DEAD_BELOW = 0.2  # first drafted tokens accepted; a draft below it costs more t
 DEAD_AFTER = 32  # drafts; one that accepts half is called dead in 3 of 10000 runs
 
 
+@dataclass(frozen=True)
+class Round:
+    """One round after the prompt: nodes verified, nodes accepted, milliseconds of its parts."""
+
+    num_drafted: int
+    num_accepted: int
+    draft_ms: float
+    verify_ms: float
+    other_ms: float
+
+
 @dataclass
 class Stats:
     """Counts and times of one generation, filled while it runs.
@@ -32,6 +43,9 @@ class Stats:
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     total_ms: float = 0.0
+    rounds: list[Round] = field(default_factory=list)
+    _counted: tuple[int, int] | None = None  # drafted and accepted in the round under way
+    _before: tuple[float, float, float] = (0.0, 0.0, 0.0)  # draft, verify, other up to it
 
     def count_draft(
         self, num_drafted: int, num_accepted: int, num_levels: int | None = None
@@ -39,6 +53,7 @@ class Stats:
         """Books one round. A tree has fewer positions than nodes: `num_levels`."""
         num_levels = num_drafted if num_levels is None else num_levels
         self.num_target_passes += 1
+        self._counted = num_drafted, num_accepted
         if num_drafted == 0:
             return
         self.num_drafts += 1
@@ -57,6 +72,16 @@ class Stats:
         yield
         elapsed = 1e3 * (time.perf_counter() - start)
         setattr(self, f"{part}_ms", getattr(self, f"{part}_ms") + elapsed)
+        if part == "total":
+            self._end_round()
+
+    def _end_round(self) -> None:
+        """Books a round if one was counted, with what its parts have grown by."""
+        now = self.draft_ms, self.verify_ms, self.other_ms
+        if self._counted is not None:
+            grown = [after - before for after, before in zip(now, self._before, strict=True)]
+            self.rounds.append(Round(*self._counted, *grown))
+        self._before, self._counted = now, None
 
     @property
     def num_accepted_tokens(self) -> int:

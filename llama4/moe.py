@@ -4,6 +4,8 @@ The sigmoid of the selected router logit scales the routed expert's *input*; the
 the unscaled input (transformers' `Llama4TextMoe`).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend, pick
@@ -11,7 +13,7 @@ from aerie.kernels.experts import experts, experts_ref
 from aerie.kernels.fp8_experts import fp8_experts, fp8_experts_ref
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
-from aerie.kernels.router import router, router_ref
+from aerie.kernels.router import Routing, router, router_ref
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.experts import Experts
 from aerie.llama4.mlp import MLP
@@ -23,6 +25,8 @@ class MoE(Module):
 
     One rank of several computes a summand of that: its part of the widths, or its experts.
     """
+
+    on_routing: Callable[[Routing], None] | None = None  # told of every routing (`expert_counts`)
 
     def __init__(
         self, config: Llama4Config, backend: ResolvedBackend, shard: Shard = WHOLE
@@ -39,6 +43,8 @@ class MoE(Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         routing = self._router(self.router(x_TD), self.experts_per_token)
+        if self.on_routing is not None:
+            self.on_routing(routing)
         weights, shared_TD = self.experts, self.shared_expert(x_TD)
         if weights.is_fp8:
             return self._fp8_experts(x_TD, routing, weights.gate_up, weights.down, shared_TD)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,45 @@ def test_doctor():
     expected = "triton (a GPU" if torch.cuda.is_available() else "eager (no GPU"
     assert diagnosis["backend auto"].startswith(expected)
     assert "backend auto" in aerie("doctor").stdout
+
+
+def test_statistics():
+    result = generate("--prompt", "A class", "--count-experts", "--json")
+    printed = json.loads(result.stdout)
+    stats, rounds = printed["stats"], printed["stats"]["rounds"]
+    assert {len(values) for values in rounds.values()} == {stats["num_drafts"]}
+    assert sum(rounds["num_accepted"]) == stats["num_accepted_tokens"]
+    assert sum(rounds["verify_ms"]) == pytest.approx(stats["verify_ms"], abs=0.01)
+    assert stats["acceptance_histogram"] == [
+        rounds["num_accepted"].count(n) for n in range(len(stats["acceptance_histogram"]))
+    ]
+    assert list(printed["distinct_experts_per_layer"]) == ["5"]  # no pass of the prompt
+    assert 1 < printed["distinct_experts_per_layer"]["5"] <= 5
+    shown = generate("--prompt", "A class", "--count-experts").stdout
+    for row in ("drafted, accepted", "drafts by accepted tokens", "ms of the median round"):
+        assert row in shown
+    assert "distinct experts of a layer" in shown
+    assert "distinct_experts_per_layer" not in generate("--prompt", "A", "--json").stdout
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="the extra aerie[plot]")
+def test_plot(tmp_path):
+    picture = tmp_path / "out.png"
+    assert generate("--prompt", "A class", "--plot", str(picture)).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_that_cannot_be_drawn_is_refused_before_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr("aerie.plotting.find_spec", lambda _: None)
+    for path, message in (
+        (tmp_path / "out.png", "needs matplotlib; pip install 'aerie[plot]'"),
+        (tmp_path / "out.txt", "must end in one of .png, .svg, .pdf"),
+        (tmp_path / "absent" / "out.png", "is no folder"),
+    ):
+        result = generate("--prompt", "A class", "--plot", str(path))
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+        assert result.stdout == ""
 
 
 BAD = {

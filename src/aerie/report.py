@@ -1,10 +1,12 @@
 """How an outcome is shown: one JSON object, or a small table."""
 
+from dataclasses import fields
+from statistics import median
 from typing import Any
 
 from rich.table import Table
 
-from aerie.eagle3.stats import Stats
+from aerie.eagle3.stats import Round, Stats
 from aerie.run import Outcome
 
 
@@ -17,13 +19,16 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     if outcome.seed is not None:
         result["seed"] = outcome.seed
     result["stats"] = stats_as_dict(outcome.stats)
+    if outcome.distinct_experts is not None:
+        result["distinct_experts_per_layer"] = outcome.distinct_experts
     if outcome.plain_stats is not None:
         result["plain_stats"] = stats_as_dict(outcome.plain_stats)
     return result
 
 
 def stats_as_dict(stats: Stats) -> dict[str, Any]:
-    """Names as vLLM's bench where it has them; times are totals in milliseconds."""
+    """Names as vLLM's bench where it has them; times are totals in milliseconds, but in `rounds`,
+    whose lists have an entry per round."""
     return {
         "num_tokens": stats.num_tokens,
         "num_target_passes": stats.num_target_passes,
@@ -40,6 +45,10 @@ def stats_as_dict(stats: Stats) -> dict[str, Any]:
         "draft_ms": stats.draft_ms,
         "verify_ms": stats.verify_ms,
         "other_ms": stats.other_ms,
+        "rounds": {
+            part.name: [round(getattr(one, part.name), 3) for one in stats.rounds]
+            for part in fields(Round)
+        },
     }
 
 
@@ -50,14 +59,23 @@ def as_table(outcome: Outcome) -> Table:
         "tokens": f"{stats.num_tokens} ({outcome.finish_reason})",
         "target passes": f"{stats.num_target_passes}, the prompt's included",
         "acceptance length": f"{stats.acceptance_length:.2f} tokens per draft, bonus included",
+        "drafted, accepted": f"{stats.num_draft_tokens}, {stats.num_accepted_tokens}",
+        "tokens per target pass": f"{stats.tokens_per_target_pass:.2f}",
         "accepted at position": _percentages(stats.acceptance_per_position),
         "  given the one before": _percentages(stats.conditional_acceptance_per_position),
+        "drafts by accepted tokens": _histogram(stats.acceptance_histogram),
         "tokens per second": f"{stats.tokens_per_second:.1f}",
         "ms prefill / draft / verify / other": (
             f"{stats.prefill_ms:.0f} / {stats.draft_ms:.0f} / "
             f"{stats.verify_ms:.0f} / {stats.other_ms:.0f}"
         ),
+        "ms of the median round": _median_round(stats.rounds),
     }
+    if outcome.distinct_experts is not None:
+        rows["distinct experts of a layer"] = ", ".join(
+            f"{count:.2f} at {num_rows} rows"
+            for num_rows, count in outcome.distinct_experts.items()
+        )
     if outcome.seed is not None:
         rows["seed"] = str(outcome.seed)
     if outcome.plain_stats is not None:
@@ -88,6 +106,20 @@ def first_difference(outcome: Outcome) -> str:
         f"ids differ from plain decoding at token {where}: "
         f"{outcome.tokens[where : where + 3]} instead of {plain[where : where + 3]}"
     )
+
+
+def _histogram(drafts: list[int]) -> str:
+    return ", ".join(f"{accepted}: {count}" for accepted, count in enumerate(drafts)) or "-"
+
+
+def _median_round(rounds: list[Round]) -> str:
+    if not rounds:
+        return "-"
+    draft, verify, other = (
+        f"{median(getattr(one, part) for one in rounds):.2f}"
+        for part in ("draft_ms", "verify_ms", "other_ms")
+    )
+    return f"draft {draft}, verify {verify}, other {other}"
 
 
 def _percentages(shares: list[float]) -> str:

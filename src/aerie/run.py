@@ -1,6 +1,8 @@
 """One run of `aerie generate`: what was asked for, the loaded pair, and what came out."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
 from aerie.kernels.backend import Backend, resolve
 from aerie.llama4.checkpoint import Progress
+from aerie.llama4.expert_counts import counted_experts
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
@@ -46,6 +49,7 @@ class Request:
     quantize: Quantize | None
     quantize_linears: bool
     check: bool
+    count_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Outcome:
     plain_tokens: list[int] | None
     plain_stats: Stats | None
     seed: int | None = None  # of a sampled run
+    distinct_experts: dict[int, float] | None = None  # a layer, by rows of a pass, if counted
 
     @property
     def identical(self) -> bool | None:
@@ -162,11 +167,11 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         sampling=sampling,
         detokenize=loaded.tokenizer.decode,
     )
-    stream = TextStream(loaded.tokenizer, sampling.stop_strings)
-    for burst in decoding:
-        text = stream.add(burst)
-        if on_text is not None and text:
-            on_text(text)
+    stream, bursts = TextStream(loaded.tokenizer, sampling.stop_strings), iter(decoding)
+    _show(stream, itertools.islice(bursts, 1), on_text)  # the prompt's passes are not counted
+    counting = counted_experts(loaded.target) if request.count_experts else nullcontext()
+    with counting as counts:
+        _show(stream, bursts, on_text)
     if on_text is not None:
         on_text(stream.flush())
     assert decoding.finish_reason is not None
@@ -179,7 +184,17 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         plain_tokens=plain and plain.tokens,
         plain_stats=plain and plain.stats,
         seed=decoding.sampler.seed if not sampling.is_greedy else None,
+        distinct_experts=counts and counts.read(),
     )
+
+
+def _show(
+    stream: TextStream, bursts: Iterable[list[int]], on_text: Callable[[str], None] | None
+) -> None:
+    for burst in bursts:
+        text = stream.add(burst)
+        if on_text is not None and text:
+            on_text(text)
 
 
 def _plain(

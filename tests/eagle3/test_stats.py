@@ -1,6 +1,7 @@
 """Acceptance as counted over rounds, of equal and of different length."""
 
 import random
+import time
 from itertools import accumulate
 from operator import mul
 
@@ -85,3 +86,23 @@ def test_no_drafts_are_no_dead_draft():
     for _ in range(40):
         stats.count_draft(0, 0)
     assert not stats.is_at_the_floor
+
+
+def test_rounds_add_up_to_the_totals():
+    stats = Stats()
+    with stats.timed("total"), stats.timed("prefill"):
+        time.sleep(0.002)
+    for accepted in (2, 0):
+        with stats.timed("total"):
+            with stats.timed("draft"):
+                time.sleep(0.001 * (1 + accepted))
+            with stats.timed("verify"):
+                time.sleep(0.002)
+            stats.count_draft(3, accepted)
+    assert [(one.num_drafted, one.num_accepted) for one in stats.rounds] == [(3, 2), (3, 0)]
+    for part in ("draft_ms", "verify_ms"):
+        assert sum(getattr(one, part) for one in stats.rounds) == pytest.approx(
+            getattr(stats, part)
+        )
+    assert stats.rounds[0].draft_ms > stats.rounds[1].draft_ms
+    assert 0 <= sum(one.other_ms for one in stats.rounds) <= stats.other_ms

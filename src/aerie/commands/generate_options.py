@@ -89,6 +89,12 @@ class GenerateOptions:
     check: Annotated[
         bool, typer.Option("--check", help="Also decode without the draft and compare the ids.")
     ] = False
+    count_experts: Annotated[
+        bool, typer.Option("--count-experts", help="Count the distinct experts of every pass.")
+    ] = False
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw acceptance and time per round; needs aerie\\[plot].")
+    ] = None
     as_json: JsonOption = False
 
     def request(self) -> Request:
@@ -123,6 +129,7 @@ class GenerateOptions:
             quantize=None if self.quantize is None else self.quantize.value,
             quantize_linears=self.quantize_linears,
             check=self.check,
+            count_experts=self.count_experts,
         )
 
     def _sampling(self) -> SamplingParams:
