@@ -5,23 +5,15 @@ peer's `prepare` brings our arguments into its layout, untimed: it may keep its 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aerie.kernels.router import Routing
 from aerie.kernels.tree_attention import TreeRows
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A function and what turns our arguments into its own."""
-
-    op: Callable
-    prepare: Callable[..., tuple]
+from bench.expert_peers import grouped_mm, scaled_mm_loop, transformers_experts
+from bench.peer import Peer
 
 
 def sdpa() -> Peer:
@@ -54,31 +46,6 @@ def dense_attention(
     return q_THK.transpose(0, 1)[None], k.contiguous(), v.contiguous(), visible, scale
 
 
-def grouped_mm() -> Peer:
-    """torch's grouped product over rows sorted by expert; the sorting is not timed."""
-    multiply = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-    if multiply is None:
-        raise ImportError("this torch has no grouped_mm")
-
-    def run(
-        x: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor, order: Tensor, ends: Tensor
-    ) -> Tensor:
-        gate, up = multiply(x, gate_up, offs=ends).chunk(2, dim=-1)
-        return shared.index_add(0, order, multiply(F.silu(gate) * up, down, offs=ends))
-
-    return Peer(run, sorted_by_expert)
-
-
-def sorted_by_expert(
-    x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, shared: Tensor
-) -> tuple:
-    """Scaled rows in the order of their experts, that order, and where every expert's rows end."""
-    ids_T = routing.ids_TA[:, 0]
-    order = ids_T.argsort(stable=True)
-    ends = torch.bincount(ids_T, minlength=len(gate_up)).cumsum(0).int()
-    return (x_TD * routing.scores_TA)[order], gate_up, down, shared, order, ends
-
-
 def liger_swiglu() -> Peer:
     function = import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
     return Peer(function.apply, lambda gate, up: (gate.contiguous(), up.contiguous()))
@@ -101,7 +68,11 @@ def flashinfer_add_rms_norm() -> Peer:
 
 PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
     "add_rms_norm": {"flashinfer": flashinfer_add_rms_norm},
-    "experts": {"grouped_mm": grouped_mm},
+    "experts": {
+        "grouped_mm": grouped_mm,
+        "scaled_mm loop": scaled_mm_loop,
+        "transformers": transformers_experts,
+    },
     "swiglu": {"liger": liger_swiglu, "flashinfer": flashinfer_swiglu},
     "tree_attention": {"sdpa": sdpa},
     "tree_attention_prompt": {"sdpa": sdpa},

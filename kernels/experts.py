@@ -1,214 +1,208 @@
-"""Llama 4's routed experts on top of the shared one.
+"""Llama 4's routed experts, FP8 or not, on top of the shared one.
 
-    y[t] = shared[t] + sum_a down_e(silu(gate) * up),   (gate | up) = (x[t] * score[t, a]) W_e
+    y[t] = shared[t] + sum_a down_e(silu(gate) * up),    (gate | up) = score[t, a] * (x[t] W_e^T)
 
-with e = ids[t, a]. The score multiplies the *input*, rounded to the model dtype, as in Hugging
-Face's Llama 4 (SwiGLU lies between, so scaling the output would be another function). Only the
-routed experts are read. Sums are float32; the scaled input, gate, up, silu, their product and the
-routed sum are each rounded once to the model dtype, as in eager code.
+with e = ids[t, a], over those experts that are here (`first_expert` and as many as the weights
+have): an expert-parallel or tensor-parallel part is a smaller matrix, and its y a summand. Llama 4
+scales the *input* of an expert by its score; SwiGLU lies between, so this is not a scaling of its
+output. The score is applied to the float32 product instead, where it commutes, so that a row is
+read, and quantised, once for all of its experts and for the shared one.
 
-Every (row, choice) pair streams its expert's columns as a matrix-vector product, because a
-speculative step has few rows and mostly distinct experts; the programs of one column tile run side
-by side, so rows that share an expert share its bytes in the cache. Long prompts deserve a grouped
-product instead.
+Unquantised: gate, up, silu, their product and the routed sum are each rounded once to the dtype,
+as in eager code, which rounds the scaled input in addition.
 
-Letters: T rows, A experts per token, E experts, D hidden, F feed-forward width (F2 = 2 F columns).
+FP8 (e4m3 weights, `expert_matrix.py`): x becomes codes with a scale per row, or per 128 columns if
+the weights have block scales; silu(gate) * up becomes codes with a scale per 128 columns, whatever
+the weights have: that group lies inside one tile, and is never coarser than a row's. Products of
+codes are summed in float32, scales multiply the sums, and the result is rounded once. Where
+`gate_up.input_scale` is static, x * score is quantised instead (rounded to the dtype in between):
+such a scale was calibrated on the scaled input and would cut off the unscaled one.
+
+Letters: T rows, A experts per token, P = T * A pairs, E experts, D hidden, F feed-forward width.
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 
-from aerie.kernels.backend import check_dtype, check_launchable
+from aerie.kernels.backend import check_launchable, rounded, widened
+from aerie.kernels.expert_matrix import ExpertMatrix
+from aerie.kernels.expert_order import order_into, slots_for
+from aerie.kernels.experts_checks import check_experts, check_quantized
+from aerie.kernels.experts_down import launch_down
+from aerie.kernels.experts_gate_up import launch_gate_up
+from aerie.kernels.experts_launch import Call, LaunchConfig, product_config, tile_pairs
+from aerie.kernels.experts_rows import quantized_rows
+from aerie.kernels.quantize import Quantized, dequantized, quantize_ref
 from aerie.kernels.router import Routing
 from aerie.kernels.stream_launch import read_ahead
 from aerie.kernels.swiglu import swiglu_ref
 
 
 def experts_ref(
-    x_TD: Tensor, routing: Routing, gate_up_EDF2: Tensor, down_EFD: Tensor, shared_TD: Tensor
+    x_TD: Tensor,
+    routing: Routing,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    shared_TD: Tensor | None = None,
+    first_expert: int = 0,
+    quantized: Quantized | None = None,
 ) -> Tensor:
     """The formula above in PyTorch; the rows of one expert are multiplied together."""
-    ids, choices = routing.ids_TA.view(-1).tolist(), routing.ids_TA.shape[1]
-    chosen_TD = x_TD if choices == 1 else x_TD.repeat_interleave(choices, dim=0)
-    routed = _routed_ref(chosen_TD * routing.scores_TA.view(-1, 1), ids, gate_up_EDF2, down_EFD)
+    choices = routing.ids_TA.shape[1]
+    ids = [e - first_expert for e in routing.ids_TA.flatten().tolist()]
+    rows, scores_P1 = x_TD, routing.scores_TA.reshape(-1, 1)
+    is_dynamic = gate_up.is_fp8 and gate_up.input_scale is None
+    if is_dynamic:
+        rows = dequantized(quantized or quantize_ref(x_TD, gate_up.is_blocked))
+    rows_PD = rows if choices == 1 else rows.repeat_interleave(choices, dim=0)
+    if is_dynamic:
+        routed = _routed_ref(rows_PD, widened(scores_P1), ids, gate_up, down)
+    else:
+        routed = _routed_ref(rows_PD * scores_P1, None, ids, gate_up, down)
     if choices > 1:
         routed = routed.view(-1, choices, x_TD.shape[1]).sum(dim=1)
-    return shared_TD + routed
+    routed = rounded(routed, x_TD.dtype)
+    return routed if shared_TD is None else shared_TD + routed
 
 
-def _routed_ref(pairs: Tensor, ids: list[int], gate_up_EDF2: Tensor, down_EFD: Tensor) -> Tensor:
+def _routed_ref(
+    rows_PD: Tensor,
+    factor_P1: Tensor | None,
+    ids: list[int],
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+) -> Tensor:
     """Every pair through its expert. Sorted by expert, so that only the products are separate."""
-    if not ids:
-        return pairs
-    if len(set(ids)) == 1:
-        e = ids[0]
-        return _times(_swiglu_halves(_times(pairs, gate_up_EDF2[e])), down_EFD[e])
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    counts = Counter(ids[pair] for pair in order)
-    order_P = torch.tensor(order, dtype=torch.int64, device=pairs.device)
-    mine = pairs.index_select(0, order_P).split(list(counts.values()))
-    both = [_times(x, gate_up_EDF2[e]) for e, x in zip(counts, mine, strict=True)]
-    inner = _swiglu_halves(torch.cat(both)).split(list(counts.values()))
-    outer = [_times(x, down_EFD[e]) for e, x in zip(counts, inner, strict=True)]
-    return torch.empty_like(pairs).index_copy_(0, order_P, torch.cat(outer))
+    if len(set(ids)) == 1 and 0 <= ids[0] < len(gate_up.weight):
+        product = _first_product(rows_PD, gate_up, ids[0])
+        return _second_product(_activated(product, factor_P1), down, ids[0])
+    here = [pair for pair, e in enumerate(ids) if 0 <= e < len(gate_up.weight)]
+    routed = torch.zeros_like(widened(rows_PD) if gate_up.is_fp8 else rows_PD)
+    if not here:
+        return routed
+    here.sort(key=ids.__getitem__)
+    counts = Counter(ids[pair] for pair in here)
+    sizes = list(counts.values())
+    here_P = torch.tensor(here, dtype=torch.int64, device=rows_PD.device)
+    mine = rows_PD.index_select(0, here_P).split(sizes)
+    both = torch.cat([_first_product(x, gate_up, e) for e, x in zip(counts, mine, strict=True)])
+    inner = _activated(both, None if factor_P1 is None else factor_P1[here_P]).split(sizes)
+    outer = torch.cat([_second_product(x, down, e) for e, x in zip(counts, inner, strict=True)])
+    return routed.index_copy_(0, here_P, outer)
 
 
-def _times(x: Tensor, weight: Tensor) -> Tensor:
-    read_ahead(weight)
-    return x @ weight
+def _first_product(rows: Tensor, gate_up: ExpertMatrix, expert: int) -> Tensor:
+    if gate_up.input_scale is not None:
+        rows = dequantized(quantize_ref(rows, scale=static_scale(gate_up, expert)))
+    return _times(rows, gate_up, expert)
 
 
-def _swiglu_halves(gate_up_TF2: Tensor) -> Tensor:
-    return swiglu_ref(*gate_up_TF2.chunk(2, dim=-1))
+def _second_product(inner: Tensor, down: ExpertMatrix, expert: int) -> Tensor:
+    if down.is_fp8:
+        inner = dequantized(quantize_ref(inner, True, static_scale(down, expert)))
+    return _times(inner, down, expert)
 
 
-@triton.jit
-def _experts_gate_up_kernel(
-    x_ptr,  # [T, D]
-    ids_ptr,  # [T, A]
-    scores_ptr,  # [T, A]
-    gate_up_ptr,  # [E, D, 2F]
-    hidden_ptr,  # [T * A, F]
-    stride_xt,
-    D,
-    F,
-    A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    pair = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    in_columns = f < F
-    e = tl.load(ids_ptr + pair).to(tl.int64)
-    score = tl.load(scores_ptr + pair).to(tl.float32)
-    gate_ptr = gate_up_ptr + e * D * (2 * F) + f[None, :]
-    gate = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)  # summed over its rows after the loop
-    up = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        in_depth = d < D
-        in_tile = in_depth[:, None] & in_columns[None, :]
-        x = tl.load(x_ptr + (pair // A) * stride_xt + d, mask=in_depth, other=0.0)
-        scaled = (x.to(tl.float32) * score).to(x_ptr.dtype.element_ty).to(tl.float32)[:, None]
-        row_ptr = gate_ptr + d.to(tl.int64)[:, None] * (2 * F)
-        gate += scaled * tl.load(row_ptr, mask=in_tile, other=0.0).to(tl.float32)
-        up += scaled * tl.load(row_ptr + F, mask=in_tile, other=0.0).to(tl.float32)
-    dtype = hidden_ptr.dtype.element_ty
-    gate_sum = tl.sum(gate, axis=0).to(dtype).to(tl.float32)
-    up_sum = tl.sum(up, axis=0).to(dtype).to(tl.float32)
-    silu = (gate_sum / (1.0 + tl.exp(-gate_sum))).to(dtype).to(tl.float32)
-    tl.store(hidden_ptr + pair * F + f, silu * up_sum, mask=in_columns)
+def _times(rows: Tensor, matrix: ExpertMatrix, expert: int) -> Tensor:
+    weight = matrix.rows_of(expert)
+    if not matrix.is_fp8:
+        read_ahead(weight)
+    return F.linear(rows, weight)
 
 
-@triton.jit
-def _experts_down_kernel(
-    hidden_ptr,  # [T * A, F]
-    ids_ptr,  # [T, A]
-    down_ptr,  # [E, F, D]
-    shared_ptr,  # [T, D]
-    y_ptr,  # [T, D]
-    stride_st,
-    D,
-    F,
-    A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_columns = d < D
-    total = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-    for a in range(A):
-        pair = t * A + a
-        e = tl.load(ids_ptr + pair).to(tl.int64)
-        for start in range(0, F, BLOCK_F):
-            f = start + tl.arange(0, BLOCK_F)
-            in_depth = f < F
-            in_tile = in_depth[:, None] & in_columns[None, :]
-            hidden = tl.load(hidden_ptr + pair * F + f, mask=in_depth, other=0.0).to(tl.float32)
-            row_ptr = down_ptr + (e * F + f)[:, None] * D + d[None, :]
-            total += hidden[:, None] * tl.load(row_ptr, mask=in_tile, other=0.0).to(tl.float32)
-    routed = tl.sum(total, axis=0).to(y_ptr.dtype.element_ty).to(tl.float32)
-    shared = tl.load(shared_ptr + t * stride_st + d, mask=in_columns, other=0.0).to(tl.float32)
-    tl.store(y_ptr + t * D + d, shared + routed, mask=in_columns)
+def _activated(product: Tensor, factor: Tensor | None) -> Tensor:
+    return swiglu_ref(*(product if factor is None else product * factor).chunk(2, dim=-1))
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Columns of one program and depth of one step of its sum, in both kernels."""
-
-    BLOCK_COLUMNS: int
-    BLOCK_DEPTH: int
-    num_warps: int
+def static_scale(matrix: ExpertMatrix, expert: int) -> Tensor | None:
+    """Static activation scale of one expert, [1]."""
+    scales = matrix.input_scale
+    return None if scales is None else scales[expert : expert + 1] if len(scales) > 1 else scales
 
 
-def _launch_config() -> LaunchConfig:
-    """64 x 64, whole cache lines of bfloat16. Chosen by shape; not yet measured on a GPU."""
-    return LaunchConfig(BLOCK_COLUMNS=64, BLOCK_DEPTH=64, num_warps=4)
+def _launch_config(
+    pairs: int, experts: int, depth: int, width: int, itemsize: int, is_fp8: bool
+) -> LaunchConfig:
+    """Tiles and splits of both products, from shapes alone (`experts_launch`)."""
+    return LaunchConfig(
+        tile_pairs(pairs, experts, is_fp8),
+        product_config(pairs, experts, 2 * width, depth, itemsize, is_fp8, has_gate=True),
+        product_config(pairs, experts, depth, width, itemsize, is_fp8, has_gate=False),
+    )
 
 
 @torch.library.custom_op("aerie::experts", mutates_args=())
 def _experts_op(
-    x: Tensor, ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None,
+    gate_up_input_scale: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor | None,
+    down_input_scale: Tensor | None,
+    shared: Tensor | None,
+    codes: Tensor | None,
+    code_scales: Tensor | None,
+    first_expert: int,
 ) -> Tensor:
     check_launchable(x)
-    (rows, choices), (_, width, depth) = ids.shape, down.shape
-    config = _launch_config()
-    columns = config.BLOCK_COLUMNS
-    hidden, y_TD = x.new_empty(rows * choices, width), x.new_empty(x.shape)
-    if rows > 0:
-        _experts_gate_up_kernel[(rows * choices, triton.cdiv(width, columns))](
-            x, ids, scores, gate_up, hidden, x.stride(0), depth, width, A=choices,
-            BLOCK_D=config.BLOCK_DEPTH, BLOCK_F=columns, num_warps=config.num_warps,
-        )  # fmt: skip
-        _experts_down_kernel[(rows, triton.cdiv(depth, columns))](
-            hidden, ids, down, shared, y_TD, shared.stride(0), depth, width, A=choices,
-            BLOCK_D=columns, BLOCK_F=config.BLOCK_DEPTH, num_warps=config.num_warps,
-        )  # fmt: skip
-    return y_TD
+    (experts, depth, width), pairs = down.shape, ids.numel()
+    if pairs == 0:
+        return x.new_empty(x.shape)
+    first = ExpertMatrix(gate_up, gate_up_scale, gate_up_input_scale)
+    second = ExpertMatrix(down, down_scale, down_input_scale)
+    config = _launch_config(pairs, experts, depth, width, x.itemsize, first.is_fp8)
+    slots = slots_for(pairs, experts, config.tile_pairs)
+    call = Call(ids, scores, first_expert, ids.new_empty(pairs), ids.new_empty((3, slots)), config)
+    order_into(ids, call.pairs, call.tiles, experts, first_expert, config.tile_pairs)
+    given = None if codes is None or code_scales is None else Quantized(codes, code_scales)
+    rows = quantized_rows(call, x, first, given) if first.is_fp8 else None
+    return launch_down(call, launch_gate_up(call, x, rows, first, second), second, x, shared)
 
 
 @_experts_op.register_fake
-def _(x, ids, scores, gate_up, down, shared):
+def _(x, ids, scores, gate_up, gate_up_scale, gate_up_input_scale, down, down_scale,
+      down_input_scale, shared, codes, code_scales, first_expert):  # fmt: skip
     return x.new_empty(x.shape)
 
 
 def experts(
-    x_TD: Tensor, routing: Routing, gate_up_EDF2: Tensor, down_EFD: Tensor, shared_TD: Tensor
+    x_TD: Tensor,
+    routing: Routing,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    shared_TD: Tensor | None = None,
+    first_expert: int = 0,
+    quantized: Quantized | None = None,
 ) -> Tensor:
-    """`shared_TD` plus the routed experts of every row of `x_TD`; returns a contiguous [T, D].
+    """The experts of every row of `x_TD`, plus `shared_TD`; returns a contiguous [T, D].
 
-    Expert ids must lie in [0, E), as `router` gives them. Raises ValueError on a shape, dtype or
-    layout the kernels would read wrongly.
+    `gate_up` is [E, 2F, D], gate rows first, `down` [E, D, F]; both FP8 or both in the dtype of
+    `x_TD`. They are the experts `first_expert` to `first_expert + E - 1`; pairs routed to others
+    add nothing. At most 2^20 pairs. `quantized` may give the codes of `x_TD` where FP8 weights
+    have no static `input_scale`: per row, or per 128 columns if their scales are blocks. Raises
+    ValueError naming the tensor and the rule it breaks.
     """
-    _check(x_TD, routing, gate_up_EDF2, down_EFD, shared_TD)
-    return _experts_op(x_TD, routing.ids_TA, routing.scores_TA, gate_up_EDF2, down_EFD, shared_TD)
-
-
-def _check(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, shared: Tensor) -> None:
-    check_dtype("x_TD", x_TD)
-    if x_TD.ndim != 2:
-        raise ValueError(f"x_TD: must be [T, D], got {tuple(x_TD.shape)}")
-    if down.ndim != 3:
-        raise ValueError(f"down_EFD: must be [E, F, D], got {tuple(down.shape)}")
-    (num_experts, width, _), (rows, depth) = down.shape, x_TD.shape
-    shape_TA = (rows, routing.ids_TA.shape[-1])
-    for name, tensor, shape, dtype, is_weight in (
-        ("x_TD", x_TD, (rows, depth), x_TD.dtype, False),
-        ("shared_TD", shared, (rows, depth), x_TD.dtype, False),
-        ("routing.ids_TA", routing.ids_TA, shape_TA, torch.int32, True),
-        ("routing.scores_TA", routing.scores_TA, shape_TA, x_TD.dtype, True),
-        ("gate_up_EDF2", gate_up, (num_experts, depth, 2 * width), x_TD.dtype, True),
-        ("down_EFD", down, (num_experts, width, depth), x_TD.dtype, True),
-    ):
-        laid_out = tensor.is_contiguous() if is_weight else tensor.stride(-1) == 1
-        if tensor.shape != shape or tensor.dtype != dtype or not laid_out:
-            raise ValueError(
-                f"{name}: must be {dtype} {shape}, {'all' if is_weight else 'rows'} contiguous, "
-                f"got {tensor.dtype} {tuple(tensor.shape)} strides {tensor.stride()}"
-            )
+    check_experts(x_TD, routing, gate_up, down, shared_TD, first_expert)
+    if quantized is not None:
+        check_quantized(quantized, x_TD, gate_up)
+    return _experts_op(
+        x_TD,
+        routing.ids_TA,
+        routing.scores_TA,
+        gate_up.weight,
+        gate_up.scale,
+        gate_up.input_scale,
+        down.weight,
+        down.scale,
+        down.input_scale,
+        shared_TD,
+        None if quantized is None else quantized.codes_TD,
+        None if quantized is None else quantized.scales_TN,
+        first_expert,
+    )

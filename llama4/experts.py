@@ -4,7 +4,7 @@
     FP8, fused           the same, with `gate_up_proj_scale` (fbgemm) or `_weight_scale` (ModelOpt)
     one by one           `{e}.gate_proj.weight` [F, D], `{e}.up_proj...`, `{e}.down_proj...` [D, F]
 
-In memory they are output-major, [E, 2F, D] and [E, D, F] (`kernels/expert_matrix.py`).
+Parameters are [E, 2F, D] and [E, D, F] (`kernels/expert_matrix.py`).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aerie.kernels.backend import ResolvedBackend
 from aerie.kernels.expert_matrix import ExpertMatrix
 from aerie.kernels.stream_launch import FP8
 from aerie.llama4.config import Llama4Config
@@ -37,7 +38,8 @@ class Part(NamedTuple):
 class Experts(StoredInParts):
     """Weights, and for FP8 their scales; `gate_up` and `down` are what the ops take.
 
-    Unquantised weights lie input-major in memory: as files have them, and as `experts` reads them.
+    The kernels stream output-major rows. For the eager backend unquantised weights lie input-major,
+    as files have them: few rows times cold weights then read them in order (`lay_out_for_eager`).
     """
 
     gate_up_proj: nn.Parameter
@@ -47,13 +49,17 @@ class Experts(StoredInParts):
     gate_up_proj_input_scale: nn.Parameter | None  # [E, 2]: files may have one of gate and of up
     down_proj_input_scale: nn.Parameter | None  # [E, 1]
 
-    def __init__(self, config: Llama4Config, shard: Shard = WHOLE) -> None:
+    def __init__(
+        self, config: Llama4Config, backend: ResolvedBackend, shard: Shard = WHOLE
+    ) -> None:
         super().__init__()
         own = shard.experts(config.num_local_experts)
         E, D, F = len(own), config.hidden_size, shard.expert_width(config.intermediate_size)
         self.first_expert = own.start  # of those that are here
-        self.gate_up_proj = _parameter(torch.empty(E, D, 2 * F).mT)
-        self.down_proj = _parameter(torch.empty(E, F, D).mT)
+        gate_up, down = torch.empty(E, 2 * F, D), torch.empty(E, D, F)
+        if backend == "eager":
+            gate_up, down = (weight.mT.contiguous().mT for weight in (gate_up, down))
+        self.gate_up_proj, self.down_proj = _parameter(gate_up), _parameter(down)
         for whole in WHOLES:
             self.register_parameter(f"{whole}_scale", None)
             self.register_parameter(f"{whole}_input_scale", None)
@@ -71,16 +77,18 @@ class Experts(StoredInParts):
 
     @property
     def gate_up(self) -> ExpertMatrix:
-        scales = self.gate_up_proj_input_scale  # one quantisation serves gate and up
-        largest = None if scales is None else scales.amax(1)
-        return ExpertMatrix(self.gate_up_proj, self.gate_up_proj_scale, largest)
+        scales = self._parameters["gate_up_proj_input_scale"]  # one quantisation serves both
+        return self._matrix("gate_up_proj", None if scales is None else scales.amax(1))
 
     @property
     def down(self) -> ExpertMatrix:
-        scales = self.down_proj_input_scale
-        return ExpertMatrix(
-            self.down_proj, self.down_proj_scale, None if scales is None else scales[:, 0]
-        )
+        scales = self._parameters["down_proj_input_scale"]
+        return self._matrix("down_proj", None if scales is None else scales[:, 0])
+
+    def _matrix(self, whole: str, input_scale: Tensor | None) -> ExpertMatrix:
+        weight = self._parameters[whole]
+        assert weight is not None
+        return ExpertMatrix(weight, self._parameters[f"{whole}_scale"], input_scale)
 
     def hold_fp8(self, granularity: Granularity, has_input_scale: bool) -> None:
         """Makes the weights FP8, contiguous, with scales; nothing has values yet."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.experts import experts, experts_ref
-from aerie.kernels.fp8_experts import fp8_experts, fp8_experts_ref
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
 from aerie.kernels.router import Routing, router, router_ref
@@ -34,19 +33,17 @@ class MoE(Module):
         super().__init__()
         self.experts_per_token = config.num_experts_per_tok
         self.router = Linear(config.hidden_size, config.num_local_experts, False, backend)
-        self.experts = Experts(config, shard)
+        self.experts = Experts(config, backend, shard)
         inner_width = shard.width(config.intermediate_size)
         self.shared_expert = MLP(config.hidden_size, inner_width, backend)
         self._router = pick(backend, router, router_ref)
         self._experts = pick(backend, experts, experts_ref)
-        self._fp8_experts = pick(backend, fp8_experts, fp8_experts_ref)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         routing = self._router(self.router(x_TD), self.experts_per_token)
         if self.on_routing is not None:
             self.on_routing(routing)
         weights, shared_TD = self.experts, self.shared_expert(x_TD)
-        if weights.is_fp8:
-            return self._fp8_experts(x_TD, routing, weights.gate_up, weights.down, shared_TD)
-        gate_up_EDF2, down_EFD = weights.gate_up_proj.mT, weights.down_proj.mT
-        return self._experts(x_TD, routing, gate_up_EDF2, down_EFD, shared_TD)
+        return self._experts(
+            x_TD, routing, weights.gate_up, weights.down, shared_TD, weights.first_expert
+        )

@@ -19,7 +19,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from aerie.kernels.expert_matrix import ExpertMatrix
 from aerie.kernels.experts import experts_ref
+from aerie.kernels.quantize import FP8
 from aerie.kernels.router import Routing
 from aerie.kernels.tree_attention import TreeRows, tree_attention_ref
 from bench import ceilings, compare, copies, graphs, peers, report, roofline, tables, timer, verdict
@@ -348,15 +350,35 @@ def test_sdpa_peer_is_our_reference():
         torch.testing.assert_close(actual, expected)
 
 
-def test_grouped_mm_peer_is_our_reference():
-    x, shared = torch.randn(2, 6, 32).bfloat16()
-    gate_up, down = torch.randn(3, 32, 32).bfloat16() / 6, torch.randn(3, 16, 32).bfloat16() / 4
+def expert_arguments(dtype: torch.dtype) -> tuple:
+    """Six rows of width 32 for three experts of width 16."""
+    x, shared = torch.randn(2, 6, 32).to(dtype)
+    weights = torch.randn(3, 32, 32).to(dtype) / 6, torch.randn(3, 32, 16).to(dtype) / 4
     ids = torch.tensor([2, 0, 2, 2, 0, 0], dtype=torch.int32)[:, None]
-    routing = Routing(ids, torch.rand(6, 1).bfloat16())
-    peer = peers.grouped_mm()
-    actual = peer.op(*peer.prepare(x, routing, gate_up, down, shared))
-    expected = experts_ref(x, routing, gate_up, down, shared)
-    assert not compare.disagreement([actual], [expected])
+    return x, Routing(ids, torch.rand(6, 1).to(dtype)), *map(ExpertMatrix, weights), shared
+
+
+@pytest.mark.parametrize("load", [peers.grouped_mm, peers.transformers_experts])
+def test_expert_peers_are_our_reference(load):
+    arguments, peer = expert_arguments(torch.bfloat16), load()
+    actual = peer.op(*peer.prepare(*arguments))
+    assert not compare.disagreement([actual], [experts_ref(*arguments)])
+    quantized = ExpertMatrix(arguments[2].weight.to(FP8), torch.ones(3, 1, 1))
+    with pytest.raises(ValueError, match="unquantised"):
+        peer.prepare(*arguments[:2], quantized, *arguments[3:])
+
+
+def test_scaled_mm_loop_is_our_reference():
+    x, routing, gate_up, down, shared = expert_arguments(torch.bfloat16)
+    weights = (matrix.weight for matrix in (gate_up, down))
+    matrices = [ExpertMatrix((w * 64).to(FP8), torch.full((3, 32, 1), 1 / 64)) for w in weights]
+    peer = peers.scaled_mm_loop()
+    actual = peer.op(*peer.prepare(x, routing, *matrices, shared))
+    # two roundings of the scaled rows that the reference does not have
+    expected = experts_ref(x, routing, *matrices, shared)
+    assert (actual - expected).norm() < 0.03 * expected.norm()
+    with pytest.raises(ValueError, match="scale per channel"):
+        peer.prepare(x, routing, gate_up, down, shared)
 
 
 # verdicts

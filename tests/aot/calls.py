@@ -21,7 +21,6 @@ from aerie.kernels import draw as _draw
 from aerie.kernels import embedding as _embedding
 from aerie.kernels import expert_order as _expert_order
 from aerie.kernels import experts as _experts
-from aerie.kernels import fp8_experts as _fp8_experts
 from aerie.kernels import gate_up as _gate_up
 from aerie.kernels import kv_append as _kv_append
 from aerie.kernels import linear as _linear
@@ -159,13 +158,6 @@ def expert_order(rows: int, kind: str) -> None:
     _expert_order.expert_order(integers(rows, 1, dtype=torch.int32), 128)
 
 
-@op("_experts_gate_up_kernel", "_experts_down_kernel")
-def experts(rows: int, kind: str) -> None:
-    x, ids = floats(kind, rows, D), integers(rows, 1, dtype=torch.int32)
-    routing = _router.Routing(ids, floats(kind, rows, 1))
-    _experts.experts(x, routing, floats(kind, E, D, 2 * F), floats(kind, E, F, D), x)
-
-
 def expert_matrix(kind: str, outputs: int, inputs: int, scales: str) -> ExpertMatrix:
     matrix = weight(kind, E, outputs, inputs)
     if kind != "fp8":
@@ -174,8 +166,8 @@ def expert_matrix(kind: str, outputs: int, inputs: int, scales: str) -> ExpertMa
     return ExpertMatrix(matrix, torch.empty(shape), torch.empty(1) if scales == "static" else None)
 
 
-@op("_fp8_experts_gate_up_kernel", "_fp8_experts_down_kernel", fp8=True)
-def fp8_experts(rows: int, kind: str) -> None:
+@op("_experts_gate_up_kernel", "_experts_down_kernel", fp8=True)
+def experts(rows: int, kind: str) -> None:
     x = floats(kind, rows, D)
     for choices in (1, 2) if rows in (8, 4096) else (1,):
         ids = integers(rows, choices, dtype=torch.int32)
@@ -183,7 +175,7 @@ def fp8_experts(rows: int, kind: str) -> None:
         for scales in ("channel", "static", "block") if kind == "fp8" else ("none",):
             first = expert_matrix(kind, 2 * F, D, scales)
             second = expert_matrix(kind, D, F, scales)
-            _fp8_experts.fp8_experts(x, routing, first, second, x)
+            _experts.experts(x, routing, first, second, x)
 
 
 @op("_gate_up_kernel", fp8=True)

@@ -62,10 +62,10 @@ LARGEST_STEP = "64 columns, 128 deep: two instructions on local memory, their ca
 BLACKWELL = "tiles are chosen for sm_90; sm_100 reads whole tiles of sums back into registers"
 AMD_FP8 = "e4m3 is emulated there; beside up to 64 pairs 256 registers are too few"
 EXCEPTED = (
-    Excepted("_fp8_experts_*_kernel", "spills", "sm_100", "fp8", BLACKWELL),
-    Excepted("_fp8_experts_down_kernel", "spills", "sm_100", "fp32", FLOAT32),
-    Excepted("_fp8_experts_*_kernel", "spills", "gfx942", "fp8", AMD_FP8),
-    Excepted("_fp8_experts_*_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
+    Excepted("_experts_*_kernel", "spills", "sm_100", "fp8", BLACKWELL),
+    Excepted("_experts_down_kernel", "spills", "sm_100", "fp32", FLOAT32),
+    Excepted("_experts_*_kernel", "spills", "gfx942", "fp8", AMD_FP8),
+    Excepted("_experts_*_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
     Excepted("_tree_attention_kernel", "spills", "sm_80", "*16", AMPERE),
     Excepted("_tree_attention_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
     Excepted("_aux_projection_kernel", "spills", "sm_*", "fp32", FLOAT32),

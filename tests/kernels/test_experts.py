@@ -1,217 +1,259 @@
-"""Routed experts against their reference and against Hugging Face's Llama 4.
+"""The kernels of `experts` against its reference.
 
-Regimes: widths off a tile, on both sides of its edge and several tiles deep, one choice and two,
-all rows on one expert, no rows, the score on the input and not on the output, an expert nobody
-chose holding NaN, NaN and infinity in one row, strided and expanded rows, experts beyond 2^31
-elements, writes outside the output, unequal runs, bad arguments.
+Regimes: every granularity of scales and none; widths off the tile in all directions; one row, rows
+past a narrow tile, past 64 pairs and so sorted; one choice and two; histograms that are all to one,
+uniform and uneven; NaN in the experts nobody chose; experts elsewhere; splits of the depth, their
+bits and their counters; given codes; strided rows; no rows; special values in one row; offsets past
+32 bits; the promotion that Hopper needs; the compiler, bad arguments, the launch rules.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from transformers import Llama4TextConfig
-from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-from aerie.kernels.experts import _experts_op, _launch_config, experts, experts_ref
-from aerie.kernels.router import Routing, router_ref
+from aerie.kernels import experts_launch as launch
+from aerie.kernels.expert_matrix import ExpertMatrix
+from aerie.kernels.experts import (
+    _experts_op,
+    _launch_config,
+    experts,
+    experts_ref,
+)
+from aerie.kernels.quantize import FP8, Quantized, quantize_ref
+from aerie.kernels.router import Routing
 from tests.evidence import (
     VAST,
     assert_as_accurate,
     check_compiles,
     check_rows_apart,
-    edges,
-    few_examples,
+    exact,
     laid_out,
-    layouts,
+    normal,
     on_gpu,
     run_guarded,
     same_bits,
     vast,
 )
+from tests.kernels.test_expert_order import make_ids
+from tests.kernels.test_experts_ref import FORMATS, Case, make_inputs, part_of
 
-# T A E D F; 64 columns and 64 deep is a tile
-CASES = [(1, 1, 4, 40, 33), (5, 1, 4, 100, 70), (3, 2, 3, 63, 130), (4, 3, 3, 16, 16)]
-EDGES = [(2, 1, 2, 64, 64), (2, 1, 2, 65, 63)]
-REAL = on_gpu((1, 1, 16, 5120, 8192), (16, 1, 16, 5120, 8192), (64, 1, 32, 5120, 8192))
-TOLERANCE = 2e-6  # float32 sums of two libraries in another order
-
-
-def make_inputs(case, device, dtype=torch.float32):
-    """The five arguments of `experts`, scaled so that every intermediate is of order one."""
-    rows, choices, num_experts, depth, width = case
-    x, shared = (torch.randn(rows, depth, device=device).to(dtype) for _ in range(2))
-    gate_up = torch.randn(num_experts, depth, 2 * width, device=device) * depth**-0.5
-    down = torch.randn(num_experts, width, depth, device=device) * width**-0.5
-    routing = router_ref(torch.randn(rows, num_experts, device=device).to(dtype), choices)
-    return x, routing, gate_up.to(dtype), down.to(dtype), shared
+CASES = [Case(1, 1, 4, 130, 100), Case(5, 2, 3, 200, 140), Case(19, 1, 2, 65, 129)]
+REAL = on_gpu(*(Case(T, 1, 16, 5120, 8192) for T in (1, 8, 64, 300)), Case(8, 2, 128, 5120, 1024))
+HISTOGRAMS = ("all to one", "uniform", "adversarial", "last")
 
 
-def dense_experts(x, routing, gate_up, down, shared):
-    """The formula in float64, one pair at a time."""
-    y = shared.double().clone()
-    for t, (ids, scores) in enumerate(zip(routing.ids_TA, routing.scores_TA, strict=True)):
-        for e, score in zip(ids.tolist(), scores.double(), strict=True):
-            gate, up = ((x[t].double() * score) @ gate_up[e].double()).chunk(2)
-            y[t] += (F.silu(gate) * up) @ down[e].double()
+def check(*arguments) -> torch.Tensor:
+    y = run_guarded(experts, *arguments)
+    assert_as_accurate(y, exact(experts_ref, *arguments), experts_ref(*arguments))
     return y
 
 
-@pytest.mark.parametrize("case", [*CASES, *EDGES, *REAL], ids=str)
-def test_as_accurate_as_eager(case, device, dtypes):
+def routed(ids: torch.Tensor, dtype=torch.float32) -> Routing:
+    scores = torch.linspace(0.2, 0.9, ids.numel(), device=ids.device).to(dtype)
+    return Routing(ids, scores.view(ids.shape))
+
+
+@pytest.fixture
+def splits(monkeypatch):
+    """Sets the number of shares of the depth, as other widths would."""
+    return lambda n: monkeypatch.setattr(launch, "_splits", lambda *_: n)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("case", [*CASES, *REAL], ids=str)
+def test_matches_ref(case, format, device, dtypes):
     for dtype in dtypes:
-        inputs = make_inputs(case, device, dtype)
-        actual = run_guarded(experts, *inputs)
-        assert_as_accurate(actual, dense_experts(*inputs), experts_ref(*inputs))
+        check(*make_inputs(case, format, device, dtype))
 
 
-@few_examples
-@given(edges(2, 3), edges(2, 2), edges(64, 70), edges(64, 70), layouts())
-def test_any_shape_and_layout(device, rows, choices, depth, width, layout):
-    torch.manual_seed(depth)
-    x, *rest, shared = make_inputs((rows, choices, 3, depth, width), device)
-    inputs = (laid_out(x, layout), *rest, laid_out(shared, layout))
-    actual = run_guarded(experts, *inputs, runs=1)
-    assert_as_accurate(actual, dense_experts(*inputs), experts_ref(*inputs))
+@pytest.mark.parametrize("format", ["plain", "channel", "block"])
+@pytest.mark.parametrize("kind", HISTOGRAMS)
+def test_histograms(kind, format, device):
+    """Experts that nobody chose are NaN: they are not read."""
+    x, _, gate_up, down, shared = make_inputs(Case(23, 1, 3, 72, 40), format, device)
+    ids = make_ids(kind, 23, 1, 3, device)
+    unchosen = [e for e in range(3) if e not in ids]
+    for matrix in (gate_up, down):
+        raw = matrix.weight.view(torch.uint8) if matrix.is_fp8 else matrix.weight
+        raw[unchosen] = 0x7F if matrix.is_fp8 else torch.nan
+        if matrix.scale is not None:
+            matrix.scale[unchosen] = torch.nan
+    assert check(x, routed(ids), gate_up, down, shared).isfinite().all()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_ref_matches_the_formula(case, device, assert_close):
-    inputs = make_inputs(case, device)
-    assert_close(experts_ref(*inputs), dense_experts(*inputs).float(), TOLERANCE)
+@pytest.mark.parametrize("format", ["plain", "channel", "block"])
+def test_prompts_are_cut_into_sorted_tiles(format, device):
+    """66 and 133 pairs: tiles of 64, one expert with more than one of them."""
+    x, _, gate_up, down, shared = make_inputs(Case(133, 1, 2, 40, 36), format, device)
+    for kind, rows in (("random", 66), ("adversarial", 133)):
+        routing = routed(make_ids(kind, rows, 1, 2, device))
+        check(x[:rows], routing, gate_up, down, shared[:rows])
 
 
-def test_expert_beyond_32_bit_offsets(device):
-    """The last of so many experts that the weights of both products begin past 2^31 elements."""
-    depth, width = 64, 32
-    x, routing, *weights, shared = make_inputs((2, 1, 1, depth, width), device, torch.float16)
-    last = VAST // (depth * width)
-    many = [vast(last * x[0].numel() - VAST + x[0].numel(), torch.float16, device) for x in weights]
-    far = [x.view(last + 1, *w.shape[1:]) for x, w in zip(many, weights, strict=True)]
-    for x_far, weight in zip(far, weights, strict=True):
-        x_far[last] = weight[0]
-    far_routing = Routing(torch.full_like(routing.ids_TA, last), routing.scores_TA)
-    expected = experts(x, routing, *weights, shared)
-    assert same_bits(experts(x, far_routing, *far, shared), expected)
+def test_the_widest_tiles(device):
+    x, _, gate_up, down, shared = make_inputs(Case(140, 1, 2, 40, 36), "plain", device)
+    assert launch.tile_pairs(140, 2, False) == 128
+    check(x, routed(make_ids("adversarial", 140, 1, 2, device)), gate_up, down, shared)
 
 
-@pytest.mark.parametrize("choices", [1, 2])
-@pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
-def test_matches_hugging_face(apply, choices, assert_close, device):
-    config = Llama4TextConfig(
-        hidden_size=48, intermediate_size=40, num_local_experts=4, num_experts_per_tok=choices
-    )
-    moe = Llama4TextMoe(config).to(device)
-    for parameter in moe.parameters():
-        parameter.data.normal_(std=0.3)
-    x = torch.randn(6, 48, device=device)
-    with torch.no_grad():
-        expected, logits = moe(x)
-        shared = moe.shared_expert(x)
-    routing = router_ref(logits, choices)
-    weights = moe.experts.gate_up_proj.data, moe.experts.down_proj.data
-    assert_close(apply(x, routing, *weights, shared), expected, TOLERANCE)
+@pytest.mark.parametrize("format", ["plain", "static", "block"])
+@pytest.mark.parametrize("first", [0, 2, 7])
+def test_experts_elsewhere(first, format, device):
+    """Of six experts two are here; rows of others get their shared output, untouched."""
+    x, routing, gate_up, down, shared = make_inputs(Case(7, 2, 6, 72, 40), format, device)
+    own = [part_of(matrix, slice(first % 4, first % 4 + 2)) for matrix in (gate_up, down)]
+    y = check(x, routing, *own, shared, first)
+    is_here = ((routing.ids_TA >= first) & (routing.ids_TA < first + 2)).any(dim=1)
+    assert torch.equal(y[~is_here], shared[~is_here])
+    assert is_here.any() == (first < 6)
+
+
+def test_without_a_shared_output(device):
+    for case in (Case(3, 1, 3, 72, 40), Case(3, 2, 3, 72, 40)):
+        check(*make_inputs(case, "channel", device)[:4])
+
+
+@pytest.mark.parametrize(("shares", "format"), [(2, "plain"), (3, "channel"), (3, "block")])
+def test_any_split_of_the_depth(shares, format, splits, device):
+    splits(shares)
+    depth, width = (150, 70) if format == "plain" else (400, 300)
+    x, routing, gate_up, down, shared = make_inputs(Case(18, 1, 3, depth, width), format, device)
+    check(x, routing, gate_up, down, shared)
+    own = [part_of(matrix, slice(1, 3)) for matrix in (gate_up, down)]
+    check(x[:5], Routing(routing.ids_TA[:5], routing.scores_TA[:5]), *own, shared[:5], 1)
+    assert x.is_cuda or launch._arrivals(x.device, 0).count_nonzero() == 0
+
+
+def test_given_codes_are_used(device):
+    for format in ("channel", "block"):
+        x, *rest = make_inputs(Case(4, 2, 3, 200, 140), format, device)
+        codes = quantize_ref(x, grouped=format == "block")
+        expected = experts(x, *rest)
+        assert same_bits(experts(x * torch.nan, *rest, 0, codes), expected)
 
 
 def test_score_is_on_the_input(device):
-    x, routing, gate_up, down, shared = make_inputs((3, 1, 2, 32, 32), device)
-    halved = Routing(routing.ids_TA, torch.full_like(routing.scores_TA, 0.5))
-    ones = Routing(routing.ids_TA, torch.ones_like(routing.scores_TA))
-    nothing = torch.zeros_like(shared)
-    on_input = experts(x, halved, gate_up, down, nothing)
-    assert torch.equal(on_input, experts(x * 0.5, ones, gate_up, down, nothing))
-    on_output = experts(x, ones, gate_up, down, nothing) * 0.5
-    assert (on_input - on_output).abs().max() > 0.1
+    for format in ("plain", "channel", "static"):
+        x, routing, gate_up, down, _ = make_inputs(Case(3, 1, 2, 72, 40), format, device)
+        halved = Routing(routing.ids_TA, torch.full_like(routing.scores_TA, 0.5))
+        ones = Routing(routing.ids_TA, torch.ones_like(routing.scores_TA))
+        on_input = experts(x, halved, gate_up, down)
+        assert torch.equal(on_input, experts(x * 0.5, ones, gate_up, down))
+        assert (on_input - experts(x, ones, gate_up, down) * 0.5).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
-def test_unchosen_expert_is_not_read(apply, device):
-    x, routing, gate_up, down, shared = make_inputs((3, 1, 3, 24, 20), device)
-    routing = Routing(torch.tensor([[0], [2], [0]], device=device).int(), routing.scores_TA)
-    gate_up[1], down[1] = torch.nan, torch.nan
-    assert apply(x, routing, gate_up, down, shared).isfinite().all()
+@pytest.mark.parametrize("layout", ["offset", "columns", "row steps"])
+def test_layouts(layout, device):
+    for format in ("plain", "channel"):
+        x, routing, gate_up, down, shared = make_inputs(Case(4, 2, 3, 72, 40), format, device)
+        expected = experts(x, routing, gate_up, down, shared)
+        actual = experts(laid_out(x, layout), routing, gate_up, down, laid_out(shared, layout))
+        assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
-def test_one_expert_chosen_by_all(apply, device, assert_close):
-    x, routing, *rest = make_inputs((5, 2, 3, 24, 20), device)
-    inputs = (x, Routing(torch.full_like(routing.ids_TA, 2), routing.scores_TA), *rest)
-    assert_close(apply(*inputs), dense_experts(*inputs).float(), TOLERANCE)
+@pytest.mark.parametrize("format", ["plain", "channel"])
+def test_no_rows(format, device):
+    x, routing, gate_up, down, shared = make_inputs(Case(2, 1, 3, 72, 40), format, device)
+    none = Routing(routing.ids_TA[:0], routing.scores_TA[:0])
+    assert experts(x[:0], none, gate_up, down, shared[:0]).shape == (0, 72)
 
 
-@pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
-def test_nan_stays_in_its_row(apply, device):
-    x, routing, *rest = make_inputs((4, 1, 2, 24, 20), device)
-    routing = Routing(torch.tensor([[0], [0], [1], [0]], device=device).int(), routing.scores_TA)
-    check_rows_apart(lambda rows: apply(rows, routing, *rest), x, 1)
-    x[1, 3] = torch.nan
-    assert apply(x, routing, *rest)[1].isnan().all()
+@pytest.mark.parametrize("format", FORMATS)
+def test_special_values_stay_in_their_row(format, device):
+    x, _, gate_up, down, shared = make_inputs(Case(5, 1, 2, 72, 40), format, device)
+    routing = routed(make_ids("all to one", 5, 1, 2, device))
+    check_rows_apart(lambda rows: experts(rows, routing, gate_up, down, shared), x, 2)
+    x[2] = 0
+    assert torch.equal(experts(x, routing, gate_up, down, shared)[2], shared[2])
 
 
-@pytest.mark.parametrize("apply", [experts, experts_ref], ids=["triton", "eager"])
-def test_no_rows(apply, device):
-    assert apply(*make_inputs((0, 1, 2, 16, 16), device)).shape == (0, 16)
+def test_offsets_past_32_bits(device):
+    """Both weights of the last expert lie behind 2^31 elements; in front of them is zero."""
+    number, depth, width = 517, 8192, 512
+    shapes, matrices = ((number, 2 * width, depth), (number, depth, width)), []
+    for shape in shapes:
+        count = torch.Size(shape).numel()
+        weight = vast(max(0, count - VAST), torch.uint8, device)[:count].view(shape)
+        last = normal(shape[1:], torch.float32, device) * shape[2] ** -0.5
+        weight[-1].copy_((last * 64).to(FP8).view(torch.uint8))
+        scale = torch.full((number, shape[1], 1), 1 / 64, device=device)
+        matrices.append(ExpertMatrix(weight.view(FP8), scale))
+    assert (number - 1) * 8192 * width > VAST
+    x = normal((1, depth), torch.float16, device)
+    routing = routed(torch.full((1, 1), number - 1, dtype=torch.int32, device=device), x.dtype)
+    small = [part_of(matrix, slice(number - 1, number)) for matrix in matrices]
+    expected = experts_ref(x, routing, *small, None, number - 1)
+    actual = experts(x, routing, *matrices)
+    torch.testing.assert_close(actual, expected, atol=0.01, rtol=0.02)
 
 
-def test_strided_rows(device):
-    x, routing, gate_up, down, shared = make_inputs((3, 1, 2, 24, 20), device)
-    wide = torch.cat((x, shared), dim=1)
-    views = (wide[:, :24], routing, gate_up, down, wide[:, 24:])
-    assert same_bits(experts(*views), experts(x, routing, gate_up, down, shared))
-    expanded = x[:1].expand(3, 24)
-    actual = experts(expanded, routing, gate_up, down, expanded)
-    assert same_bits(actual, experts(expanded.clone(), routing, gate_up, down, expanded.clone()))
-
-
-def test_compiles_once_for_all_row_counts(device):
-    x, routing, gate_up, down, shared = make_inputs((4, 1, 3, 24, 20), device)
-    two = Routing(routing.ids_TA[:2], routing.scores_TA[:2])
-    check_compiles(
-        experts,
-        *(x[:2], two, gate_up, down, shared[:2]),
-        again=(x, routing, gate_up, down, shared),
-    )
-
-
-def test_opcheck(device):
-    x, routing, gate_up, down, shared = make_inputs((2, 2, 3, 24, 20), device)
-    for rows in (x, torch.cat((x, x), dim=1)[:, :24]):
-        arguments = (rows, routing.ids_TA, routing.scores_TA, gate_up, down, shared)
-        torch.library.opcheck(_experts_op, arguments)
+def test_opcheck_and_compile(device):
+    x, routing, gate_up, down, shared = make_inputs(Case(2, 2, 3, 40, 24), "plain", device)
+    ids, scores = routing.ids_TA, routing.scores_TA
+    weights = gate_up.weight, None, None, down.weight, None, None
+    torch.library.opcheck(_experts_op, (x, ids, scores, *weights, shared, None, None, 0))
+    gate_up, down = make_inputs(Case(2, 2, 3, 40, 24), "channel", device)[2:4]
+    twice = Routing(*(torch.cat([r, r]) for r in (routing.ids_TA, routing.scores_TA)))
+    again = (torch.cat([x, x]), twice, gate_up, down, torch.cat([shared, shared]))
+    check_compiles(experts, x, routing, gate_up, down, shared, again=again)
 
 
 def test_rejects_bad_arguments(device):
-    x, routing, gate_up, down, shared = make_inputs((2, 1, 3, 16, 12), device)
-    with pytest.raises(ValueError, match=r"x_TD: must be \[T, D\]"):
-        experts(x[0], routing, gate_up, down, shared)
-    with pytest.raises(ValueError, match=r"down_EFD: must be \[E, F, D\]"):
-        experts(x, routing, gate_up, down[0], shared)
-    with pytest.raises(ValueError, match=r"shared_TD: must be torch.float32 \(2, 16\)"):
-        experts(x, routing, gate_up, down, shared[:1])
-    with pytest.raises(ValueError, match=r"gate_up_EDF2: must be torch.float32 \(3, 16, 24\)"):
-        experts(x, routing, gate_up.transpose(1, 2), down, shared)
-    with pytest.raises(ValueError, match="down_EFD: must be .* contiguous"):
-        experts(x, routing, gate_up, down.transpose(1, 2).contiguous().transpose(1, 2), shared)
-    long_ids = Routing(routing.ids_TA.long(), routing.scores_TA)
-    with pytest.raises(ValueError, match="routing.ids_TA: must be torch.int32"):
-        experts(x, long_ids, gate_up, down, shared)
-    half_scores = Routing(routing.ids_TA, routing.scores_TA.half())
-    with pytest.raises(ValueError, match="routing.scores_TA: must be torch.float32"):
-        experts(x, half_scores, gate_up, down, shared)
+    x, routing, gate_up, down, shared = make_inputs(Case(2, 1, 3, 40, 24), "channel", device)
+    plain = make_inputs(Case(2, 1, 3, 40, 24), "plain", device)[3]
+    ids, scores = routing.ids_TA, routing.scores_TA
+    codes = quantize_ref(x)
+    rejected = [
+        ("x_TD: must be float32", (x.double(), routing, gate_up, down)),
+        (r"x_TD: must be \[T, D\]", (x[0], routing, gate_up, down)),
+        (r"gate_up.weight: must be output-major", (x[:, :9].contiguous(), routing, gate_up, down)),
+        (r"down.weight: must be \[E, D, F\]", (x, routing, gate_up, replace(down, weight=ids))),
+        ("down.weight: must be in the format", (x, routing, gate_up, plain)),
+        ("shared_TD: must be", (x, routing, gate_up, down, shared[:1])),
+        ("shared_TD: must be", (x, routing, gate_up, down, shared.half())),
+        ("routing.ids_TA: must be", (x, Routing(ids.long(), scores), gate_up, down)),
+        ("routing.scores_TA: must be", (x, Routing(ids, scores.half()), gate_up, down)),
+        ("first_expert: must be at least 0", (x, routing, gate_up, down, shared, -1)),
+        (
+            "quantized.scales_TN: must be",
+            (x, routing, gate_up, down, None, 0, Quantized(codes.codes_TD, codes.scales_TN[:1])),
+        ),
+        (
+            "quantized: must come with FP8 weights without",
+            (x, routing, replace(gate_up, input_scale=scores[:1, 0]), down, None, 0, codes),
+        ),
+    ]
+    for message, arguments in rejected:
+        with pytest.raises(ValueError, match=message):
+            experts(*arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
-def test_rejects_other_dtypes(dtype, device):
-    x, routing, gate_up, down, shared = make_inputs((2, 1, 3, 16, 12), device)
-    x, scores, *rest = (y.to(dtype) for y in (x, routing.scores_TA, gate_up, down, shared))
-    with pytest.raises(ValueError, match="x_TD: must be float32, float16 or bfloat16"):
-        experts(x, Routing(routing.ids_TA, scores), *rest)
+@pytest.mark.parametrize("is_fp8", [True, False])
+def test_launch_rules(is_fp8):
+    """Memory of an SM, bytes in flight, and the crossover from one tile per expert to many."""
+    for pairs in (1, 2, 8, 16, 17, 33, 64, 65, 300, 1024, 1025, 16384):
+        config = _launch_config(pairs, 16, 5120, 8192, 2, is_fp8)
+        assert config.tile_pairs >= min(pairs, 64)  # an expert of a small step has one tile
+        for product in (config.gate_up, config.down):
+            size = 1 if is_fp8 else 2
+            weights = product.BLOCK_N * product.BLOCK_K * size
+            stage = weights + product.WIDE_T * product.BLOCK_K * size
+            assert product.num_stages * stage <= 227 * 1024
+            assert config.tile_pairs == product.WIDE_T
+            assert product.SPLITS == 1 or pairs <= launch.FEW_PAIRS
+            if pairs <= launch.FEW_PAIRS:
+                per_sm = min(2, 227 * 1024 // (product.num_stages * stage))
+                assert per_sm * (product.num_stages - 1) * weights >= 64 * 1024
+                assert product.BLOCK_N >= 64  # rows of a Hopper product
+    one = _launch_config(1, 16, 5120, 8192, 2, is_fp8)
+    assert one.gate_up.SPLITS * 16384 // one.gate_up.BLOCK_N >= 132
+    assert one.down.SPLITS * 5120 // one.down.BLOCK_N >= 132
+    assert launch.tile_pairs(64 * 16 + 1, 16, is_fp8) == (64 if is_fp8 else 128)
 
 
-def test_launch_config():
-    config = _launch_config()
-    assert config == _launch_config()
-    for block in (config.BLOCK_COLUMNS, config.BLOCK_DEPTH):
-        assert block & (block - 1) == 0
-    sums_per_thread = 2 * config.BLOCK_COLUMNS * config.BLOCK_DEPTH / (32 * config.num_warps)
-    assert sums_per_thread <= 64  # of 255 registers
+def test_hopper_promotes_every_step():
+    """The FP8 units keep 14 bits of a sum: no more than 128 columns go into one."""
+    for pairs in (1, 64, 65, 4096):
+        config = _launch_config(pairs, 16, 5120, 8192, 2, True)
+        assert max(config.gate_up.BLOCK_K, config.down.BLOCK_K) <= 128

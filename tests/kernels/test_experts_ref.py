@@ -9,7 +9,7 @@ from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from aerie.kernels.expert_matrix import ExpertMatrix, block_shape, check_matrix
-from aerie.kernels.fp8_experts import fp8_experts_ref
+from aerie.kernels.experts import experts_ref
 from aerie.kernels.quantize import FP8, GROUP, quantize_ref
 from aerie.kernels.router import router_ref
 from tests.evidence import exact, normal
@@ -106,20 +106,20 @@ REF_CASES = [Case(5, 1, 4, 200, 140), Case(3, 2, 3, 130, 256), Case(1, 1, 2, 40,
 @pytest.mark.parametrize("case", REF_CASES, ids=str)
 def test_ref_matches_the_formula(case, format, device, assert_close):
     inputs = make_inputs(case, format, device)
-    assert_close(exact(fp8_experts_ref, *inputs), restated(*inputs), 1e-12)
+    assert_close(exact(experts_ref, *inputs), restated(*inputs), 1e-12)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_experts_elsewhere_contribute_nothing(format, device, assert_close):
     """Two halves of the experts, each with half of the shared output, add up to the whole."""
     x, routing, gate_up, down, shared = make_inputs(Case(6, 2, 4, 130, 140), format, device)
-    whole = exact(fp8_experts_ref, x, routing, gate_up, down, shared)
+    whole = exact(experts_ref, x, routing, gate_up, down, shared)
     parts = torch.zeros_like(whole)
     for first in (0, 2):
         own = [part_of(matrix, slice(first, first + 2)) for matrix in (gate_up, down)]
-        parts += exact(fp8_experts_ref, x, routing, *own, shared / 2, first)
+        parts += exact(experts_ref, x, routing, *own, shared / 2, first)
     assert_close(parts, whole, 1e-12)
-    nothing = fp8_experts_ref(x, routing, gate_up, down, shared, 7)
+    nothing = experts_ref(x, routing, gate_up, down, shared, 7)
     assert torch.equal(nothing, shared)
 
 
@@ -142,16 +142,16 @@ def test_ref_matches_hugging_face(choices, assert_close, device):
         shared = moe.shared_expert(x)
     stored = moe.experts.gate_up_proj.data, moe.experts.down_proj.data
     matrices = [ExpertMatrix(weight.transpose(1, 2)) for weight in stored]
-    actual = fp8_experts_ref(x, router_ref(logits, choices), *matrices, shared)
+    actual = experts_ref(x, router_ref(logits, choices), *matrices, shared)
     assert_close(actual, expected, 2e-6)
 
 
 def test_given_codes_are_used(device):
     x, routing, gate_up, down, shared = make_inputs(Case(4, 2, 3, 200, 140), "channel", device)
     codes = quantize_ref(x)
-    expected = fp8_experts_ref(x, routing, gate_up, down, shared)
+    expected = experts_ref(x, routing, gate_up, down, shared)
     garbage = torch.full_like(x, torch.nan)
-    actual = fp8_experts_ref(garbage, routing, gate_up, down, shared, quantized=codes)
+    actual = experts_ref(garbage, routing, gate_up, down, shared, quantized=codes)
     assert torch.equal(actual, expected)
 
 

@@ -1,4 +1,4 @@
-"""The host side of `fp8_experts`: launch rules, scratch and the launches themselves.
+"""The host side of `experts`: launch rules and what the launches share.
 
     few pairs (at most 64)   one tile per distinct expert, its weights read once; split depth
     more                     tiles of 64 or 128 pairs, neighbours in time share weights in L2
@@ -13,6 +13,8 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+
+from aerie.kernels.expert_matrix import ExpertMatrix
 
 FEW_PAIRS = 64
 SMS = 132  # of an H100 or H200; other GPUs get a slightly worse split, never a wrong result
@@ -39,8 +41,8 @@ class ProductConfig:
     num_stages: int
 
     @property
-    def options(self) -> dict[str, int]:
-        return dict(vars(self))
+    def blocks(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if name.isupper()}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,18 @@ class LaunchConfig:
     tile_pairs: int
     gate_up: ProductConfig
     down: ProductConfig
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the launches of one call read."""
+
+    ids: Tensor
+    scores: Tensor
+    first_expert: int
+    pairs: Tensor
+    tiles: Tensor
+    config: LaunchConfig
 
 
 def is_few(pairs: int) -> bool:
@@ -111,6 +125,13 @@ def _splits(pairs: int, experts: int, tiles: int, steps: int) -> int:
     if min(pairs, experts + 1) * tiles > MOST_TILES:
         return 1
     return max(1, min(int(PER_SM * SMS / programs), steps // MIN_SHARE))
+
+
+def scale_strides(matrix: ExpertMatrix) -> tuple[int, int]:
+    """Steps from expert to expert and from row (or block of rows) to row of the weight's scale."""
+    if matrix.scale is None:
+        return 0, 0
+    return matrix.scale.stride(0), matrix.scale.stride(1) if matrix.scale.shape[1] > 1 else 0
 
 
 def split_scratch(like: Tensor, slots: int, tiles: int, config: ProductConfig):
