@@ -73,10 +73,11 @@ class Stats:
         elapsed = 1e3 * (time.perf_counter() - start)
         setattr(self, f"{part}_ms", getattr(self, f"{part}_ms") + elapsed)
         if part == "total":
-            self._end_round()
+            self.end_round()
 
-    def _end_round(self) -> None:
-        """Books a round if one was counted, with what its parts have grown by."""
+    def end_round(self) -> None:
+        """Books a round if `count_draft` counted one, with what the times have grown by since the
+        round before: a loop calls this behind every step, once its times are added."""
         now = self.draft_ms, self.verify_ms, self.other_ms
         if self._counted is not None:
             grown = [after - before for after, before in zip(now, self._before, strict=True)]
