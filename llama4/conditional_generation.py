@@ -109,7 +109,7 @@ class Llama4ForConditionalGeneration(nn.Module):
         return self.language_model
 
     def image_features(
-        self, prompt_ids: Sequence[int], pixel_values_NCHW: Tensor
+        self, prompt_ids: Sequence[int], pixel_values_NCHW: Tensor | None
     ) -> ImageFeatures | None:
         """The features of a prompt's tiles, in the order of its placeholders; None without any.
 
@@ -117,7 +117,10 @@ class Llama4ForConditionalGeneration(nn.Module):
         before the tower runs.
         """
         per_tile, image = self.config.tokens_per_tile, self.config.image_token_id
-        tiles, size = pixel_values_NCHW.shape[0], self.config.vision.image_size
+        size = self.config.image_size
+        if pixel_values_NCHW is None:
+            pixel_values_NCHW = torch.empty(0, 3, size, size)
+        tiles = pixel_values_NCHW.shape[0]
         if pixel_values_NCHW.shape[1:] != (3, size, size):
             raise ValueError(
                 f"pixel_values: must be [tiles, 3, {size}, {size}], "

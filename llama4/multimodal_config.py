@@ -57,8 +57,19 @@ class MultimodalConfig:
     @property
     def tokens_per_tile(self) -> int:
         """Placeholders of one tile: its patches, shuffled together by the pixel ratio."""
-        side = int(self.vision.image_size // self.vision.patch_size * _ratio(self.vision))
+        side = int(self.image_size // self.patch_size * _ratio(self.vision))
         return side * side
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a tile's side."""
+        assert isinstance(self.vision.image_size, int)  # transformers' type is wider
+        return self.vision.image_size
+
+    @property
+    def patch_size(self) -> int:
+        assert isinstance(self.vision.patch_size, int)
+        return self.vision.patch_size
 
     def checked(self) -> "MultimodalConfig":
         """Itself. Raises CheckpointError for ids outside of the vocabulary."""

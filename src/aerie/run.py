@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,16 +18,30 @@ from aerie.eagle3.registry import load_draft
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
+from aerie.images import read_image
 from aerie.kernels.backend import Backend, resolve
 from aerie.llama4.checkpoint import Progress
+from aerie.llama4.config import is_multimodal
 from aerie.llama4.expert_counts import counted_experts
 from aerie.llama4.hub import resolve_folder
+from aerie.llama4.image_features import ImageFeatures
+from aerie.llama4.json_fields import read_json
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize
 from aerie.plan import as_text, free_memory, make_planner
 from aerie.progress import loading
+from aerie.prompting import Prompt, prepare
 from aerie.text import TextStream, load_tokenizer
+
+if TYPE_CHECKING:
+    from aerie.llama4.conditional_generation import Llama4ForConditionalGeneration
+
+
+DRAFT_SEES = {
+    "merged": 'The draft sees image features ("draft_multimodal": "merged").',
+    "text": 'The draft sees placeholders as text ("draft_multimodal": "text").',
+}
 
 
 @dataclass(frozen=True)
@@ -50,15 +65,19 @@ class Request:
     quantize_linears: bool
     check: bool
     count_experts: bool = False
+    images: tuple[Path, ...] = ()
+    chat: bool = False
+    lazy_vision: bool = False
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The pair and the target's tokenizer."""
+    """The pair, the target's tokenizer, and the prompt as the target reads it."""
 
-    target: Llama4ForCausalLM
+    target: "Llama4ForCausalLM | Llama4ForConditionalGeneration"
     draft: Eagle3Llama4ForCausalLM | None
     tokenizer: Tokenizer
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -84,12 +103,14 @@ def load(request: Request, console: Console) -> Loaded:
 
     Raises CheckpointError, and ValueError, before anything is read, where they would not fit.
     """
+    images = [read_image(path) for path in request.images]
     folder = resolve_folder(request.model, request.revision)
     drafts = None
     if request.draft is not None:
         drafts = resolve_folder(request.draft, request.draft_revision)
     tokenizer = load_tokenizer(folder)
-    _plan(request, folder, drafts, len(tokenizer.encode(request.prompt).ids), console)
+    prompt = prepare(request.prompt, tokenizer, folder, images, request.chat)
+    _plan(request, folder, drafts, len(prompt.ids), console)
     with loading("target", console) as progress:
         target = load_target(
             folder,
@@ -99,13 +120,16 @@ def load(request: Request, console: Console) -> Loaded:
             request.quantize,
             request.quantize_linears,
             progress,
+            lazy_vision=request.lazy_vision or not images,
         )
     if drafts is None:
-        return Loaded(target, None, tokenizer)
+        return Loaded(target, None, tokenizer, prompt)
     with loading("draft", console) as progress:
         reading = request.speculation.reading
         draft = load_draft(drafts, target, reading=reading, progress=progress)
-    return Loaded(target, draft, tokenizer)
+    if images:
+        console.print(DRAFT_SEES[draft.config.draft_multimodal], markup=False, soft_wrap=True)
+    return Loaded(target, draft, tokenizer, prompt)
 
 
 def _plan(
@@ -138,10 +162,25 @@ def load_target(
     quantize: Quantize | None = None,
     quantize_linears: bool = False,
     progress: Progress | None = None,
-) -> Llama4ForCausalLM:
+    lazy_vision: bool = False,
+) -> "Llama4ForCausalLM | Llama4ForConditionalGeneration":
     """Reads a target onto its device. Raises CheckpointError."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton launches
+    if is_multimodal(read_json(folder / "config.json")):
+        # imports transformers' own Llama 4: seconds that text-only checkpoints do not pay
+        from aerie.llama4.conditional_generation import Llama4ForConditionalGeneration
+
+        return Llama4ForConditionalGeneration.from_pretrained(
+            folder,
+            dtype,
+            device,
+            backend,
+            quantize=quantize,
+            quantize_linears=quantize_linears,
+            progress=progress,
+            lazy_vision=lazy_vision,
+        )
     return Llama4ForCausalLM.from_pretrained(
         folder,
         dtype,
@@ -155,27 +194,28 @@ def load_target(
 
 def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
     """Decodes; `on_text` receives the text as its tokens are accepted."""
-    prompt_ids = loaded.tokenizer.encode(request.prompt).ids
+    images, target = _image_features(loaded), loaded.target.get_language_model()
     sampling = _with_bad_words(request, loaded.tokenizer)
     decoding = Decoding(
-        loaded.target,
-        prompt_ids,
+        target,
+        loaded.prompt.ids,
         request.max_new_tokens,
         loaded.draft,
         kv_cache_dtype=request.kv_cache_dtype,
-        policy=request.speculation.policy_on(loaded.target, loaded.draft),
+        policy=request.speculation.policy_on(target, loaded.draft),
         sampling=sampling,
         detokenize=loaded.tokenizer.decode,
+        images=images,
     )
     stream, bursts = TextStream(loaded.tokenizer, sampling.stop_strings), iter(decoding)
     _show(stream, itertools.islice(bursts, 1), on_text)  # the prompt's passes are not counted
-    counting = counted_experts(loaded.target) if request.count_experts else nullcontext()
+    counting = counted_experts(target) if request.count_experts else nullcontext()
     with counting as counts:
         _show(stream, bursts, on_text)
     if on_text is not None:
         on_text(stream.flush())
     assert decoding.finish_reason is not None
-    plain = _plain(request, loaded, prompt_ids, sampling) if request.check else None
+    plain = _plain(request, loaded, images, sampling) if request.check else None
     return Outcome(
         text=stream.text,
         tokens=decoding.tokens,
@@ -198,16 +238,28 @@ def _show(
 
 
 def _plain(
-    request: Request, loaded: Loaded, prompt_ids: list[int], sampling: SamplingParams
+    request: Request, loaded: Loaded, images: ImageFeatures | None, sampling: SamplingParams
 ) -> Generation:
     return generate(
         loaded.target,
-        prompt_ids,
+        loaded.prompt.ids,
         request.max_new_tokens,
         kv_cache_dtype=request.kv_cache_dtype,
         sampling=sampling,
         detokenize=loaded.tokenizer.decode,
+        images=images,
     )
+
+
+def _image_features(loaded: Loaded) -> ImageFeatures | None:
+    """One pass of the vision tower over the prompt's tiles; placeholders without one are refused.
+
+    Raises ValueError with both numbers.
+    """
+    target = loaded.target
+    if isinstance(target, Llama4ForCausalLM):
+        return None
+    return target.image_features(loaded.prompt.ids, loaded.prompt.pixel_values)
 
 
 def _with_bad_words(request: Request, tokenizer: Tokenizer) -> SamplingParams:

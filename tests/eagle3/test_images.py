@@ -176,7 +176,7 @@ def test_image_rows_matter_to_the_draft(target, draft):
         decoding = Decoding(target, prompt, 8, ours, 2, images=images, eos_token_ids=())
         assert isinstance(decoding.drafter, ChainDrafter)
         bursts = iter(decoding)
-        next(bursts), next(bursts)
+        _ = next(bursts), next(bursts)
         assert decoding.drafter._last is not None
         lasts.append(decoding.drafter._last.hidden_TD)
     assert (lasts[0] - lasts[1]).abs().max() > 1e-3

@@ -44,6 +44,16 @@ class GenerateOptions:
     draft: DraftOption = None
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help='Goes to a "<|image|>" of the prompt, or before it; may be repeated.'),
+    ] = None
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message, in Llama 4's format.")
+    ] = False
+    lazy_vision: Annotated[
+        bool, typer.Option("--lazy-vision", help="Read the vision tower at the first image.")
+    ] = False
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128
     speculative_config: Annotated[
         str | None,
@@ -130,6 +140,9 @@ class GenerateOptions:
             quantize_linears=self.quantize_linears,
             check=self.check,
             count_experts=self.count_experts,
+            images=tuple(self.image or ()),
+            chat=self.chat,
+            lazy_vision=self.lazy_vision,
         )
 
     def _sampling(self) -> SamplingParams:

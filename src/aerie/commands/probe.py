@@ -77,7 +77,9 @@ def _diagnosis(options: ProbeOptions) -> Diagnosis:
     device = device_named(options.device)
     dtype = dtype_named(options.dtype.value, device)
     with loading("target", stderr) as progress:
-        target = load_target(folder, device, dtype, options.backend.value, progress=progress)
+        target = load_target(
+            folder, device, dtype, options.backend.value, progress=progress, lazy_vision=True
+        ).get_language_model()
     tokenizer = load_tokenizer(folder)
     prompts = probing.probe_prompts(options.prompt_file, options.model is None, tokenizer)
     return probe_draft(draft, target, prompts, options.num_tokens, speculation.reading)
