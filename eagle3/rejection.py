@@ -7,19 +7,25 @@
 
 Leviathan et al. 2023, for one sibling; the recursion for several drawn from q without replacement
 is that of recursive rejection sampling. What comes out is distributed as p exactly, provided that
-q is the distribution the siblings really were drawn from. A function of numbers only: coins and
-draws are the caller's (`Chance`), so that a test can take every one of their outcomes. The
-decoding loop does not use this rule yet; it draws and matches (`sampler`).
+q is the distribution the siblings really were drawn from. `choose` is the rule as a function of
+numbers only: coins and draws are the caller's (`Chance`), so that a test can take every one of
+their outcomes. `walk` is the same rule down the trees of a batch, on the device.
 
-Letters: V target vocabulary.
+What is verified must not depend on the drawn token itself: a node that is left out because it came
+out improbable leaves a distribution that is not q. Stopping *behind* a token that is verified is
+free of that. So confidence stops are fine here, and cuts by the nodes' own scores are not.
+
+Letters: B sequences, N rows of a tree, S siblings, U draft vocabulary, V target vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from aerie.kernels.accept import Acceptance
 
 
 class Chance(Protocol):
@@ -70,13 +76,89 @@ def choose(p_V: Tensor, q_V: Tensor, siblings: Sequence[int], chance: Chance) ->
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """(p - q)+, normalised; p where nothing is left, which p = q reaches by rounding alone."""
+    """(p - q)+, normalised; p where nothing is left, which p = q reaches by rounding alone.
+
+    Of one distribution or of a batch of them, as `without`.
+    """
     left_V = (p_V - q_V).clamp(min=0)
-    total = left_V.sum()
-    return left_V / total if total > 0 else p_V
+    total = left_V.sum(-1, keepdim=True)
+    return torch.where(total > 0, left_V / total, p_V)
 
 
-def without(q_V: Tensor, token: int) -> Tensor:
-    """q given that it is not `token`; all zero if that was all of it."""
-    left_V = torch.where(torch.arange(len(q_V), device=q_V.device) == token, 0.0, q_V)
-    return left_V / left_V.sum().clamp(min=torch.finfo(q_V.dtype).tiny)
+def without(q_V: Tensor, token: int | Tensor) -> Tensor:
+    """q given that it is not `token` (an id, or one of every row [B, 1]); zero if that was all."""
+    token = torch.as_tensor(token, device=q_V.device).expand(*q_V.shape[:-1], 1)
+    left_V = q_V.scatter(-1, token, 0.0)
+    return left_V / left_V.sum(-1, keepdim=True).clamp(min=torch.finfo(q_V.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How the nodes of a batch of trees were drawn; the shape is that of every sequence.
+
+    `children_NS` are the rows of the nodes behind each row in the order they were drawn, -1: none.
+    `probs_BNU` (float32) is the distribution they were drawn from; of a row without any, anything.
+    `ids_U` are the target ids of the draft vocabulary.
+    """
+
+    children_NS: Tensor
+    probs_BNU: Tensor
+    ids_U: Tensor
+
+    def target_probs(self, row_B: Tensor, vocabulary: int) -> Tensor:
+        """q [B, V] behind one row of every sequence: 0 for what the draft cannot say."""
+        probs_BU = self.probs_BNU[torch.arange(len(row_B), device=row_B.device), row_B]
+        q_BV = probs_BU.new_zeros(len(row_B), vocabulary)
+        return q_BV.index_copy_(1, self.ids_U, probs_BU)
+
+
+def walk(
+    p_of_rows: Callable[[Tensor], Tensor],
+    tokens_BN: Tensor,
+    drawn: Drawn,
+    coins_BN: Tensor,
+    pick: Callable[[Tensor], Tensor],
+    depth: int,
+) -> Acceptance:
+    """The rule from the root of every tree down, at most `depth` levels; nothing is read.
+
+    `p_of_rows` gives the target's distributions [B, V] behind one row of every sequence, `coins_BN`
+    a uniform in [0, 1) for every node, and `pick` draws from the distributions [B, V] that are left
+    where the walks end; it gives -1 where one is none (NaN, which accepts nothing).
+    """
+    row_B = torch.zeros_like(tokens_BN[:, 0])
+    is_open_B, left_BV = torch.ones_like(row_B, dtype=torch.bool), torch.empty(0)
+    path, ids = [row_B], []
+    for level in range(depth + 1):
+        child_B, p_BV = _child(p_of_rows(row_B), row_B, tokens_BN, drawn, coins_BN)
+        left_BV = p_BV if level == 0 else torch.where(is_open_B[:, None], p_BV, left_BV)
+        is_open_B = is_open_B & (child_B >= 0)
+        row_B = torch.where(is_open_B, child_B, row_B)
+        path.append(torch.where(is_open_B, row_B, -1))
+        ids.append(torch.where(is_open_B, tokens_BN.gather(1, row_B[:, None])[:, 0], -1))
+    path_BP, ids_BP = torch.stack(path[:-1], dim=1), torch.stack(ids, dim=1)
+    num_accepted_B, bonus_B = (path_BP >= 0).sum(1) - 1, pick(left_BV)
+    ids_BP = ids_BP.scatter(1, num_accepted_B[:, None], bonus_B[:, None])
+    return Acceptance(path_BP, ids_BP, num_accepted_B, bonus_B)
+
+
+def _child(
+    p_BV: Tensor, row_B: Tensor, tokens_BN: Tensor, drawn: Drawn, coins_BN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The accepted child of each row (-1: none), and what is left of p behind the rejected ones."""
+    q_BV = drawn.target_probs(row_B, p_BV.shape[1]).to(p_BV.dtype)
+    accepted_B = torch.full_like(row_B, -1)
+    for child_B in drawn.children_NS[row_B].unbind(1):
+        at_B1 = child_B.clamp(min=0)[:, None]
+        token_B1 = tokens_BN.gather(1, at_B1)
+        p_B, q_B = p_BV.gather(1, token_B1)[:, 0], q_BV.gather(1, token_B1)[:, 0]
+        is_tried_B = (child_B >= 0) & (accepted_B < 0)
+        is_accepted_B = is_tried_B & (coins_BN.gather(1, at_B1)[:, 0] * q_B < p_B)
+        is_rejected_B1 = (is_tried_B & ~is_accepted_B)[:, None]
+        accepted_B = torch.where(is_accepted_B, child_B, accepted_B)
+        rest_BV = residual(p_BV, q_BV)
+        p_BV, q_BV = (
+            torch.where(is_rejected_B1, rest_BV, p_BV),
+            torch.where(is_rejected_B1, without(q_BV, token_B1), q_BV),
+        )
+    return accepted_B, p_BV
