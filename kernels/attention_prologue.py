@@ -21,8 +21,7 @@ import triton
 from torch import Tensor
 
 from aerie.kernels.attention_prologue_kernel import _attention_prologue_kernel
-from aerie.kernels.attention_temperature import attention_temperature_ref
-from aerie.kernels.backend import check_launchable
+from aerie.kernels.backend import check_launchable, rounded, widened
 from aerie.kernels.kv_append import kv_append_ref
 from aerie.kernels.prologue_checks import FP8_MAX, Temperature, check_prologue
 from aerie.kernels.rope import Layout, turn_ref
@@ -49,14 +48,13 @@ def attention_prologue_ref(
     kv_heads, head_dim = k_cache_RCGK.shape[2:]
     heads = qkv_TF.view(qkv_TF.shape[0], qkv_TF.shape[1] // head_dim, head_dim)
     num_turned = heads.shape[1] - kv_heads
-    turned, v_TGK = torch.split_with_sizes(heads, (num_turned, kv_heads), dim=1)
+    turned, v_TGK = heads.split_with_sizes((num_turned, kv_heads), dim=1)
     if rotation is not None:
         turned = turn_ref(turned, rotation, layout, qk_norm_eps)
-    q_THK, k_TGK = torch.split_with_sizes(turned, (num_turned - kv_heads, kv_heads), dim=1)
+    q_THK, k_TGK = turned.split_with_sizes((num_turned - kv_heads, kv_heads), dim=1)
     if temperature is not None:
-        q_THK = attention_temperature_ref(
-            q_THK, temperature.positions_T, temperature.floor_scale, temperature.attn_scale
-        )
+        wide_THK = widened(q_THK)
+        q_THK = rounded(wide_THK * temperature.factors_T11(wide_THK.dtype), q_THK.dtype)
     if k_scale is not None and v_scale is not None:
         k_TGK, v_TGK = _codes(k_TGK, k_scale), _codes(v_TGK, v_scale)
         k_cache_RCGK, v_cache_RCGK = (x.view(torch.uint8) for x in (k_cache_RCGK, v_cache_RCGK))

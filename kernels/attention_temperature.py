@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_dtype, check_launchable, constant, rounded, widened
+from aerie.kernels.backend import check_dtype, check_launchable, rounded, widened
 
 
 def attention_temperature_ref(
@@ -23,10 +23,16 @@ def attention_temperature_ref(
 ) -> Tensor:
     """The formula above in PyTorch, float32 inside."""
     wide = widened(q_THK)
-    one, floor_, scale_ = (constant(x, wide) for x in (1.0, floor_scale, attn_scale))
-    steps_T = torch.floor((positions_T.to(wide.dtype) + one) / floor_)
-    scale_T = torch.addcmul(one, torch.log1p(steps_T), scale_)
-    return rounded(wide * scale_T.view(-1, 1, 1), q_THK.dtype)
+    factors_T11 = temperature_factors(positions_T, floor_scale, attn_scale, wide.dtype)
+    return rounded(wide * factors_T11, q_THK.dtype)
+
+
+def temperature_factors(
+    positions_T: Tensor, floor_scale: float, attn_scale: float, dtype: torch.dtype
+) -> Tensor:
+    """What multiplies the queries of each row, [T, 1, 1]."""
+    steps_T = torch.floor((positions_T.to(dtype) + 1) / floor_scale)
+    return (1 + attn_scale * torch.log1p(steps_T))[:, None, None]
 
 
 @triton.jit(do_not_specialize=["T"])

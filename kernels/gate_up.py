@@ -27,7 +27,7 @@ from aerie.kernels.stream_launch import (
     stream_config,
     streamed,
 )
-from aerie.kernels.swiglu import swiglu_ref
+from aerie.kernels.swiglu import swiglu_halves_ref
 from aerie.kernels.weight_stream import (
     NO_NORM,
     OFF,
@@ -42,8 +42,7 @@ from aerie.kernels.weight_stream import (
 
 def gate_up_ref(x_TD: Tensor, weight_F2D: Tensor, *, scale: Tensor | None = None) -> Tensor:
     """The formula above in PyTorch."""
-    gate_TF, up_TF = projected(x_TD, weight_F2D, None, scale).chunk(2, dim=-1)
-    return swiglu_ref(gate_TF, up_TF)
+    return swiglu_halves_ref(projected(x_TD, weight_F2D, None, scale))
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -26,8 +26,9 @@ def kv_append_ref(
     if min(slots_T.tolist(), default=0) < 0:
         kept = slots_T >= 0
         k_TGK, v_TGK, slots_T = k_TGK[kept], v_TGK[kept], slots_T[kept]
-    k_cache_RCGK.view(-1, *k_TGK.shape[1:]).index_copy_(0, slots_T, k_TGK)
-    v_cache_RCGK.view(-1, *v_TGK.shape[1:]).index_copy_(0, slots_T, v_TGK)
+    G, K = k_TGK.shape[1:]
+    k_cache_RCGK.view(-1, G, K).index_copy_(0, slots_T, k_TGK)
+    v_cache_RCGK.view(-1, G, K).index_copy_(0, slots_T, v_TGK)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -1,10 +1,11 @@
 """What `attention_prologue` refuses; every ValueError names argument, rule and value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from aerie.kernels.attention_temperature import temperature_factors
 from aerie.kernels.rope import Layout
 from aerie.kernels.rotation import Rotation
 from aerie.kernels.stream_launch import DTYPES, FP8
@@ -20,6 +21,14 @@ class Temperature:
     positions_T: Tensor  # int64, absolute
     floor_scale: float
     attn_scale: float
+    _factors: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # memo
+
+    def factors_T11(self, dtype: torch.dtype) -> Tensor:
+        """For the reference: what multiplies the queries, computed by the step's first layer."""
+        if dtype not in self._factors:
+            arguments = self.positions_T, self.floor_scale, self.attn_scale
+            self._factors[dtype] = temperature_factors(*arguments, dtype)
+        return self._factors[dtype]
 
 
 def check_prologue(

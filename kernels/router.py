@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_dtype, check_launchable, rounded, widened
+from aerie.kernels.backend import check_dtype, check_launchable
 
 MAX_EXPERTS = 256  # one program holds all logits of its rows in registers
 
@@ -30,14 +30,15 @@ class Routing:
 
 
 def router_ref(logits_TE: Tensor, experts_per_token: int) -> Routing:
-    """The formula above in PyTorch: `argmax` takes the first maximum, and the sort is stable."""
+    """The formula above in PyTorch: `argmax` takes the first maximum, the sort is stable, and
+    `sigmoid` computes in float32."""
     if experts_per_token == 1:  # not `max`, which wakes the thread pool for two rows already
         ids_TA = logits_TE.argmax(dim=1, keepdim=True)
     else:
         order_TE = torch.sort(logits_TE, dim=1, descending=True, stable=True).indices
         ids_TA = order_TE[:, :experts_per_token]
     top_TA = logits_TE.gather(1, ids_TA)
-    return Routing(ids_TA.int(), rounded(torch.sigmoid(widened(top_TA)), logits_TE.dtype))
+    return Routing(ids_TA.int(), torch.sigmoid(top_TA))
 
 
 @triton.jit

@@ -66,53 +66,53 @@ def tree_attention_ref(
 ) -> Tensor:
     """Per sequence: gather its keys, then dense attention under an explicit mask, in float32."""
     sequences = seen_keys(rows, k_cache_RCGK.shape[1], chunk_size)
-    caches = (k_cache_RCGK, k_scale), (v_cache_RCGK, v_scale)
-    if [seen.rows for seen in sequences] == [slice(0, len(q_THK))]:
-        return _attend_ref(q_THK, caches, sequences[0], scale)
+    if sequences and sequences[0].is_all:
+        seen = sequences[0]
+        return _attend_ref(q_THK, k_cache_RCGK, v_cache_RCGK, seen, scale, k_scale, v_scale)
     out_THK = torch.zeros_like(q_THK)
     for seen in sequences:
-        out_THK[seen.rows] = _attend_ref(q_THK[seen.rows], caches, seen, scale)
+        q_NHK = q_THK[seen.rows]
+        out_THK[seen.rows] = _attend_ref(
+            q_NHK, k_cache_RCGK, v_cache_RCGK, seen, scale, k_scale, v_scale
+        )
     return out_THK
 
 
 def _attend_ref(
-    q_NHK: Tensor, caches: tuple[tuple[Tensor, Tensor | None], ...], seen: SeenKeys, scale: float
+    q_NHK: Tensor,
+    k_cache_RCGK: Tensor,
+    v_cache_RCGK: Tensor,
+    seen: SeenKeys,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     """softmax(scale q k^T + bias) v, the heads of a group packed as rows: P = N * H / G."""
-    k_GSK, v_GSK = (_gathered(*cache, seen, widened(q_NHK).dtype) for cache in caches)
-    q_GPK = _packed(widened(q_NHK), k_GSK.shape[0])
-    bias_PS = rounded(seen.bias(q_GPK.shape[1]), q_GPK.dtype)
-    scores_GPS = torch.baddbmm(bias_PS, q_GPK, k_GSK.transpose(1, 2), alpha=scale)
-    out_GPK = torch.bmm(scores_GPS.softmax(dim=-1), v_GSK)
-    return rounded(_unpacked(out_GPK, q_NHK.shape), q_NHK.dtype)
-
-
-def _packed(q_NHK: Tensor, kv_heads: int) -> Tensor:
-    rows, heads, head_dim = q_NHK.shape
-    if rows == 1:
-        return q_NHK.view(kv_heads, heads // kv_heads, head_dim)
-    q_NGRK = q_NHK.view(rows, kv_heads, heads // kv_heads, head_dim)
-    return q_NGRK.transpose(0, 1).reshape(kv_heads, -1, head_dim)
-
-
-def _unpacked(out_GPK: Tensor, shape: torch.Size) -> Tensor:
-    if shape[0] == 1:
-        return out_GPK.view(shape)
-    kv_heads, packed, head_dim = out_GPK.shape
-    out_GNRK = out_GPK.view(kv_heads, shape[0], packed // shape[0], head_dim)
-    return out_GNRK.transpose(0, 1).reshape(shape)
+    (N, H, K), G = q_NHK.shape, k_cache_RCGK.shape[2]
+    wide_NHK = widened(q_NHK)
+    k_SGK = _gathered(k_cache_RCGK, k_scale, seen.slots, wide_NHK.dtype)
+    v_SGK = _gathered(v_cache_RCGK, v_scale, seen.slots, wide_NHK.dtype)
+    if N == 1:  # nothing has to be moved
+        q_GPK = wide_NHK.view(G, H // G, K)
+    else:
+        q_GPK = wide_NHK.view(N, G, H // G, K).transpose(0, 1).reshape(G, -1, K)
+    bias_PS = rounded(seen.bias(N * H // G), q_GPK.dtype)
+    scores_GPS = torch.baddbmm(bias_PS, q_GPK, k_SGK.permute(1, 2, 0), alpha=scale)
+    out_GPK = torch.bmm(scores_GPS.softmax(dim=-1), v_SGK.transpose(0, 1))
+    if N > 1:
+        out_GPK = out_GPK.view(G, N, H // G, K).transpose(0, 1)
+    return rounded(out_GPK.reshape(N, H, K), q_NHK.dtype)
 
 
 def _gathered(
-    cache_RCGK: Tensor, scale: Tensor | None, seen: SeenKeys, dtype: torch.dtype
+    cache_RCGK: Tensor, scale: Tensor | None, slots_S: Tensor | slice, dtype: torch.dtype
 ) -> Tensor:
-    slots_SGK = cache_RCGK.view(-1, *cache_RCGK.shape[2:])
+    every_SGK = cache_RCGK.flatten(0, 1)
     if scale is None:
-        x_SGK = rounded(slots_SGK[seen.slots], dtype)
-    else:  # PyTorch gathers no FP8 on every device, but bytes
-        codes_SGK = slots_SGK.view(torch.uint8)[seen.slots].view(cache_RCGK.dtype)
-        x_SGK = codes_SGK.to(dtype) * scale.to(dtype)[:, None]
-    return x_SGK.transpose(0, 1)
+        return rounded(every_SGK[slots_S], dtype)
+    # PyTorch gathers no FP8 on every device, but bytes
+    codes_SGK = every_SGK.view(torch.uint8)[slots_S].view(cache_RCGK.dtype)
+    return codes_SGK.to(dtype) * scale.to(dtype)[:, None]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class TreeRows:
     page_table_BM: Tensor  # int32, page of every C logical slots; unused entries may hold anything
     ancestors_T: Tensor | None  # int64, bit j = sees new row j of its sequence; None = causal
     max_rows: int  # host bound on the rows of a sequence: the grid's size
-    _seen: dict = field(default_factory=dict, init=False, repr=False)  # memo of `seen_keys`
+    memo: dict = field(default_factory=dict, init=False, repr=False)  # what all layers share
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,7 @@ class SeenKeys:
     rows: slice
     slots: Tensor | slice  # flat; a slice where they follow each other, which needs no gather
     bias_NS: Tensor  # 0 or -inf; [1, 1] where a single row sees all
+    is_all: bool  # whether these are all rows of the step
     _packed: dict = field(default_factory=dict, init=False, repr=False)  # memo of `bias`
 
     def bias(self, packed_rows: int) -> Tensor:
@@ -49,9 +50,9 @@ class SeenKeys:
 
 def seen_keys(rows: TreeRows, page_size: int, chunk_size: int | None) -> list[SeenKeys]:
     """Built once per step and chunk size, then shared by all layers."""
-    if (page_size, chunk_size) not in rows._seen:
+    if (page_size, chunk_size) not in rows.memo:
         starts, prefixes = rows.row_starts_B1.tolist(), rows.prefix_lengths_B.tolist()
-        rows._seen[page_size, chunk_size] = [
+        rows.memo[page_size, chunk_size] = [
             seen
             for b, prefix in enumerate(prefixes)
             if starts[b] < starts[b + 1]
@@ -59,7 +60,7 @@ def seen_keys(rows: TreeRows, page_size: int, chunk_size: int | None) -> list[Se
                 rows, b, slice(*starts[b : b + 2]), prefix, page_size, chunk_size
             )
         ]
-    return rows._seen[page_size, chunk_size]
+    return rows.memo[page_size, chunk_size]
 
 
 def _seen_by_sequence(
@@ -67,20 +68,21 @@ def _seen_by_sequence(
 ) -> list[SeenKeys]:
     """The root stands at position `prefix`, so no row looks further back than its chunk."""
     new = own.stop - own.start
+    is_all = new == rows.positions_T.shape[0]
     first = 0 if chunk_size is None else prefix // chunk_size * chunk_size
     slots = _flat_slots(rows.page_table_BM[b], first, prefix + new, page_size)
     if new == 1:
-        return [SeenKeys(own, slots, torch.zeros(1, 1, device=rows.positions_T.device))]
+        return [SeenKeys(own, slots, rows.positions_T.new_zeros(1, 1, dtype=torch.float32), is_all)]
     if chunk_size is not None and first + chunk_size >= prefix + new:
         chunk_size = None  # all of them stand in one chunk, which the slots begin with
     visible_NS = _visible(rows, own, prefix - first, first, chunk_size)
     bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
     bias_NS.masked_fill_(~visible_NS, -torch.inf)
     if new <= ROW_BLOCK:
-        return [SeenKeys(own, slots, bias_NS)]
+        return [SeenKeys(own, slots, bias_NS, is_all)]
     starts = range(own.start, own.stop, ROW_BLOCK)
     return [
-        SeenKeys(slice(start, start + block_NS.shape[0]), slots, block_NS)
+        SeenKeys(slice(start, start + block_NS.shape[0]), slots, block_NS, False)
         for start, block_NS in zip(starts, bias_NS.split(ROW_BLOCK), strict=True)
     ]
 

@@ -17,6 +17,7 @@ from aerie.kernels.rotation import Rotation
 from aerie.kernels.tree_attention import (
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
+    TreeRows,
     tree_attention,
     tree_attention_ref,
 )
@@ -64,7 +65,7 @@ class Attention(PackedModule):
             rotation=rotation if spec.rotary_layout is not None else None,
             layout=spec.rotary_layout or "interleaved",
             qk_norm_eps=spec.qk_norm_eps,
-            temperature=self._at(placement.rows.positions_T),
+            temperature=self._at(placement.rows),
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
         )
@@ -80,8 +81,11 @@ class Attention(PackedModule):
         )
         return self.o_proj(attended_THK.flatten(-2))
 
-    def _at(self, positions_T: Tensor) -> Temperature | None:
-        temperature = self.spec.temperature
-        if temperature is None:
+    def _at(self, rows: TreeRows) -> Temperature | None:
+        """The step's temperature, one for all layers that have the same."""
+        own = self.spec.temperature
+        if own is None:
             return None
-        return Temperature(positions_T, temperature.floor_scale, temperature.scale)
+        if own not in rows.memo:
+            rows.memo[own] = Temperature(rows.positions_T, own.floor_scale, own.scale)
+        return rows.memo[own]
