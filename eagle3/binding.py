@@ -1,6 +1,7 @@
 """What ties a loaded draft to its target: shared matrices, and whether the two fit at all."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +13,19 @@ from aerie.kernels.backend import ResolvedBackend
 from aerie.kernels.embedding import Embedding
 from aerie.kernels.head_rows import head_rows, ids_from_offsets
 from aerie.kernels.linear import Linear
+from aerie.llama4.communicator import Communicator
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.json_fields import CheckpointError, read_fields
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.packing import lay_out_for_eager
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The target's two large matrices; None: the draft has its own."""
+
+    embedding: Embedding | None
+    head: Linear | None
 
 
 def check_fits(config: Eagle3Config, parts: OwnParts, target: Llama4Config) -> None:
@@ -41,9 +51,20 @@ def draft_head(head: Linear, d2t_U: Tensor, backend: ResolvedBackend) -> Linear:
     return cut
 
 
-def is_copy(own: Embedding, shared: Embedding) -> bool:
-    """Whether a draft brought the target's embedding along, which need not be held twice."""
-    return own.weight.shape == shared.weight.shape and torch.equal(own.weight, shared.weight)
+def is_copy(
+    own: Embedding, shared: Embedding | None, communicator: Communicator | None = None
+) -> bool:
+    """Whether a draft brought the target's embedding along, which need not be held twice.
+
+    With a `communicator`, of parts on every rank: whether all are.
+    """
+    if shared is None:
+        return False
+    is_same = own.weight.shape == shared.weight.shape and torch.equal(own.weight, shared.weight)
+    if communicator is None:
+        return is_same
+    differs = torch.tensor([not is_same], dtype=torch.int64, device=own.weight.device)
+    return not communicator.all_max(differs).item()
 
 
 def swap_input_halves(qkv_FD: Tensor) -> None:

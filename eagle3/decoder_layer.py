@@ -10,22 +10,27 @@ from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import Rotation
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import Step
+from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.mlp import MLP
 from aerie.llama4.model import LayerOutput
+from aerie.llama4.sharded_modules import residual_norm
+from aerie.llama4.sharding import local_attention
 
 
 class Eagle3DecoderLayer(Module):
     """The draft's layer: attention over [embedding, hidden state], then a dense SwiGLU."""
 
-    def __init__(self, config: Eagle3Config, backend: ResolvedBackend) -> None:
+    def __init__(
+        self, config: Eagle3Config, backend: ResolvedBackend, communicator: Communicator | None
+    ) -> None:
         super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
+        width, eps, shard = config.hidden_size, config.rms_norm_eps, shard_of(communicator)
         self.norm_before_residual = config.norm_before_residual
         self.input_layernorm = RMSNorm(width, eps, backend)
         self.hidden_norm = RMSNorm(width, eps, backend)
-        self.self_attn = Attention(config.attention, 0, backend)
-        self.post_attention_layernorm = RMSNorm(width, eps, backend)
-        self.mlp = MLP(width, config.intermediate_size, backend)
+        self.self_attn = Attention(local_attention(config.attention, shard), 0, backend)
+        self.post_attention_layernorm = residual_norm(width, eps, backend, communicator)
+        self.mlp = MLP(width, shard.width(config.intermediate_size), backend)
         self._qkv_projection = pick(backend, qkv_projection, qkv_projection_ref)
 
     def forward(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aerie.eagle3.binding import (
+    Shared,
     check_fits,
     draft_head,
     is_copy,
@@ -39,6 +40,7 @@ from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.decoder_layer import Eagle3DecoderLayer
 from aerie.eagle3.interface import Target
 from aerie.eagle3.reading import AS_WRITTEN, Reading, log_decisions
+from aerie.eagle3.sharded_draft import check_draft_shard, draft_reader, merged, own_map
 from aerie.kernels.aux_projection import AuxProjection, JointNorm, TapNorm
 from aerie.kernels.backend import Backend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
@@ -49,11 +51,13 @@ from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
+from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.json_fields import read_fields
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.packing import lay_out_for_eager
+from aerie.llama4.sharded_modules import residual_norm, token_embedding
 
 OWN_HEAD = OwnParts(embedding=False, head=True)
 
@@ -80,24 +84,29 @@ class Eagle3Llama4ForCausalLM(Module):
         backend: Backend = "auto",
         device: torch.device | str = "cpu",
         parts: OwnParts = OWN_HEAD,
+        communicator: Communicator | None = None,
     ) -> None:
         """`device` is where the draft will run; it decides what backend `auto` means. What `parts`
-        leaves out comes from the target when the draft is bound."""
+        leaves out comes from the target when the draft is bound. With a `communicator` this is one
+        rank's part of the draft."""
         super().__init__()
         self.config = config
         self.parts = parts
+        self.communicator, shard = communicator, shard_of(communicator)
         self.backend = resolve(backend, device)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.fc = AuxProjection(
             config.target_hidden_size, config.num_taps, width, False, self.backend
         )
         self._add_feature_norms()
-        self.midlayer = Eagle3DecoderLayer(config, self.backend)
-        self.norm = RMSNorm(width, eps, self.backend)
+        self.midlayer = Eagle3DecoderLayer(config, self.backend, communicator)
+        self.norm = residual_norm(width, eps, self.backend, communicator)
         if parts.embedding:
-            self.embed_tokens = Embedding(config.vocab_size, width, self.backend)
+            vocabulary = config.vocab_size
+            self.embed_tokens = token_embedding(vocabulary, width, self.backend, communicator)
         if parts.head:
-            self.lm_head = Linear(width, config.draft_vocab_size, False, self.backend)
+            head_rows = shard.width(config.draft_vocab_size)
+            self.lm_head = Linear(width, head_rows, False, self.backend)
         with torch.device("cpu"):  # these must exist even while the rest is built on meta
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             inv_freq_J = inverse_frequencies(
@@ -134,18 +143,40 @@ class Eagle3Llama4ForCausalLM(Module):
         `reading` overrides what the files say, `revision` pins a hub id. Strict like the target's
         loader. Raises CheckpointError listing all that is wrong.
         """
+        draft = cls.read(path, target, backend, reading, revision=revision, progress=progress)
+        draft.bind(target)
+        return draft
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        target: Target,
+        backend: Backend | None = None,
+        reading: Reading = AS_WRITTEN,
+        *,
+        revision: str | None = None,
+        progress: Progress | None = None,
+        communicator: Communicator | None = None,
+    ) -> "Eagle3Llama4ForCausalLM":
+        """Loads a draft that is still to be bound; with a `communicator`, one rank's part of it."""
         folder, target = resolve_folder(path, revision), target.get_language_model()
         config = Eagle3Config.from_pretrained(folder, target.config.num_hidden_layers, reading)
         names = tensor_names(folder)
-        parts = own_parts(names, config)
+        parts, shard = own_parts(names, config), shard_of(communicator)
         check_fits(config, parts, target.config)
+        check_draft_shard(config, parts, shard)
         weight = target.lm_head.weight
         with torch.device("meta"):
-            draft = cls(config, backend or target.backend, weight.device, parts)
+            draft = cls(config, backend or target.backend, weight.device, parts, communicator)
         if draft.backend == "eager":
             lay_out_for_eager(draft)
         options = LoadOptions(
-            target.dtype, weight.device, optional_tensors(config), progress=progress
+            target.dtype,
+            weight.device,
+            optional_tensors(config),
+            progress=progress,
+            rank_reader=None if communicator is None else draft_reader(config, shard),
         )
         read_fields(
             {
@@ -156,26 +187,36 @@ class Eagle3Llama4ForCausalLM(Module):
         )
         if config.reading.input_order == "hidden_first":
             swap_input_halves(draft.midlayer.self_attn.qkv_proj.weight)
-        draft.bind(target)
         log_decisions(config.decisions, folder)
         log_decisions(sharing_decisions(config, draft.parts, target.config), folder)
         return draft
 
-    def bind(self, target: Target) -> None:
+    def bind(self, target: Target, shared: Shared | None = None) -> None:
         """Takes what the draft shares from the target, and checks that it can be tapped as asked.
 
         The target owns what is shared: registered here, it would be moved and saved with the draft.
+        Where a whole draft drafts for a target that is cut, it is given `shared`.
         """
         target = target.get_language_model()
         target.set_aux_hidden_state_layers(self.tap_layers(target))
-        shared = target.model.embed_tokens
-        if self.parts.embedding and is_copy(self.embed_tokens, shared):
+        if target.communicator is not self.communicator and shared is None:
+            raise ValueError(
+                "target: is one rank's part of a model; load its draft with "
+                "aerie.eagle3.parallel_draft.load_parallel_draft"
+            )
+        shared = shared or Shared(target.model.embed_tokens, target.lm_head)
+        if self.parts.embedding and is_copy(self.embed_tokens, shared.embedding, self.communicator):
             del self.embed_tokens
             self.parts = replace(self.parts, embedding=False)
         if not self.parts.embedding:
-            object.__setattr__(self, "embed_tokens", shared)
+            object.__setattr__(self, "embed_tokens", shared.embedding)
         if not self.parts.head:
-            object.__setattr__(self, "lm_head", draft_head(target.lm_head, self.d2t, self.backend))
+            assert shared.head is not None
+            is_whole = self.config.draft_vocab_size == self.config.vocab_size
+            head = shared.head if is_whole else draft_head(shared.head, self.d2t, self.backend)
+            object.__setattr__(self, "lm_head", head)
+        if self.communicator is not None:
+            self._own_d2t = own_map(self.d2t, self.communicator.shard)
         object.__setattr__(self, "_target", weakref.ref(target))
 
     def is_bound_to(self, target: Target) -> bool:
@@ -211,6 +252,8 @@ class Eagle3Llama4ForCausalLM(Module):
         """
         turns = self._rotation(step.rows.positions_T, self.inv_freq)
         table_VD = self.embed_tokens.weight
+        if inputs_embeds_TD is None and self.communicator is not None:
+            inputs_embeds_TD = self.embed_tokens(input_ids_T)
         if inputs_embeds_TD is not None:  # a table of its own, read row by row
             table_VD = inputs_embeds_TD
             input_ids_T = torch.arange(len(table_VD), device=table_VD.device)
@@ -234,8 +277,11 @@ class Eagle3Llama4ForCausalLM(Module):
 
     def top_tokens(self, post_norm_TD: Tensor, k: int) -> DraftTokens:
         """The k likeliest next tokens of each row as target ids, with draft log-probabilities."""
-        scale = self.config.logit_scale
-        return self._draft_vocab(post_norm_TD, self.lm_head.weight, self.d2t, k, logit_scale=scale)
+        scale, head_UD = self.config.logit_scale, self.lm_head.weight
+        if self.communicator is None:
+            return self._draft_vocab(post_norm_TD, head_UD, self.d2t, k, logit_scale=scale)
+        own = self._draft_vocab(post_norm_TD, head_UD, self._own_d2t, k, logit_scale=scale)
+        return merged(own, self.communicator)
 
     def compute_draft_logits(self, post_norm_TD: Tensor) -> Tensor:
         """[T, U] logits over the draft vocabulary."""
@@ -255,7 +301,7 @@ class Eagle3Llama4ForCausalLM(Module):
                 f"max_length: {max_length} exceeds the draft's sliding window of {window}, which "
                 f"is not implemented; shorten prompt and output or decode without this draft"
             )
-        attention, weight = self.config.attention, self.lm_head.weight
+        attention, weight = self.midlayer.self_attn.spec, self.lm_head.weight
         return PagedKVCache(
             1,
             attention.num_kv_heads,
