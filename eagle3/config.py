@@ -17,7 +17,7 @@ from aerie.eagle3.config_fields import ConfigFields, FeatureNorm
 from aerie.eagle3.formats import Format, flatten
 from aerie.eagle3.reading import AS_WRITTEN, Decision, DraftMultimodal, Reading, TapConvention
 from aerie.llama4.attention_config import AttentionSpec, RopeConfig
-from aerie.llama4.json_fields import read_fields, read_json
+from aerie.llama4.json_fields import read_config, read_fields
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Eagle3Config:
         cls, folder: Path, target_num_layers: int, reading: Reading = AS_WRITTEN
     ) -> "Eagle3Config":
         """Reads `folder/config.json`; the target's depth is where the draft's layer is numbered."""
-        return cls.from_hf(read_json(folder / "config.json"), target_num_layers, reading)
+        return cls.from_hf(read_config(folder), target_num_layers, reading)
 
     @classmethod
     def from_hf(

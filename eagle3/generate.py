@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -242,7 +243,7 @@ def _check_prompt(
             f"prompt_ids: must hold 1..{context - 1} tokens (the context is {context}), "
             f"got {len(prompt_ids)}"
         )
-    outside = [token for token in prompt_ids if not 0 <= token < vocab_size]
+    outside = [t for t in prompt_ids if not (isinstance(t, SupportsIndex) and 0 <= t < vocab_size)]
     if outside:
         raise ValueError(f"prompt_ids: must lie in 0..{vocab_size - 1}, got {outside[:5]}")
     if max_new_tokens < 1:

@@ -21,7 +21,7 @@ from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.packing import Packing, Place, StoredInParts, linear_places
 from aerie.llama4.safetensors_header import StoredTensor
 from aerie.llama4.stored_tensors import MAX_LISTED, stored_tensors
-from aerie.llama4.tensor_reading import Copy, read, read_all
+from aerie.llama4.tensor_reading import Copy, log_oddities, read, read_all
 from aerie.llama4.weight_memory import empty_like
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -97,8 +97,9 @@ def load_weights(
         for name, place in places.items()
         if name in found and fits(found[name], place, parameters, quantize)
     ]
-    problems += read_all(copies, options.check_finite, options.progress)
-    _raise_if(problems, folder)
+    seen = read_all(copies, options.check_finite, options.progress)
+    _raise_if([*problems, *seen.problems], folder)
+    log_oddities(folder, copies, seen.idle)
     assign(module, filled, options.device)
 
 

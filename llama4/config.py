@@ -24,6 +24,7 @@ from aerie.llama4.json_fields import (
     integer,
     integers,
     number,
+    read_config,
     read_fields,
     read_json,
     strings,
@@ -64,7 +65,7 @@ class Llama4Config:
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Llama4Config":
         """Reads `config.json`, and the end tokens of `generation_config.json` if it has some."""
-        values = read_json(folder / "config.json")
+        values = read_config(folder)
         config = cls.from_hf(values)
         generation = folder / "generation_config.json"
         if not generation.is_file():

@@ -5,13 +5,17 @@ A config is data: no value in it makes this package import, run or fetch anythin
 """
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_INTEGER = 2**31 - 1
+
+logger = logging.getLogger("aerie.llama4")
 
 
 class CheckpointError(ValueError):
@@ -32,6 +36,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`; what it says of code to import is ignored, with a word."""
+    values = read_json(folder / "config.json")
+    if "auto_map" in values:
+        _say_ignored(folder / "config.json")
+    return values
+
+
+@lru_cache(maxsize=256)
+def _say_ignored(file: Path) -> None:
+    """Once for each file."""
+    logger.warning("%s: auto_map is ignored: nothing in a checkpoint is ever imported", file)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from aerie.llama4.json_fields import (
     CheckpointError,
     integer,
     number,
+    read_config,
     read_fields,
-    read_json,
     section,
 )
 
@@ -36,7 +36,7 @@ class MultimodalConfig:
     @classmethod
     def from_pretrained(cls, folder: Path) -> "MultimodalConfig":
         """Reads `config.json`. Raises CheckpointError, a line for each key that is wrong."""
-        values = read_json(folder / "config.json")
+        values = read_config(folder)
         if not is_multimodal(values):
             raise CheckpointError(
                 f"{folder}: has no vision tower (config key 'vision_config', architecture "

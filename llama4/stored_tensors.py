@@ -7,6 +7,7 @@ error instead of a crash, and what has been read does not stay resident behind t
 """
 
 from collections.abc import Mapping
+from heapq import nsmallest
 from pathlib import Path
 
 from aerie.llama4.json_fields import CheckpointError, read_json
@@ -92,11 +93,9 @@ def _disagreements(folder: Path, index: Mapping[str, str], found: list[StoredTen
     if not index:
         return []
     held = {tensor.name: tensor.file.name for tensor in found}
-    differing = sorted(
-        name for name in index.keys() | held.keys() if index.get(name) != held.get(name)
-    )
+    differing = [name for name in index.keys() | held.keys() if index.get(name) != held.get(name)]
     return [
         f"{folder / INDEX}: the index and the shard disagree about {name!r}: listed in "
         f"{index.get(name)}, held by {held.get(name)}"
-        for name in differing
+        for name in nsmallest(MAX_LISTED, differing)
     ]

@@ -5,24 +5,30 @@ one would cost more in page faults than the reading), cast on the way into the p
 there. Where nothing is to be cast the bytes go straight into the place.
 """
 
+import logging
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from aerie.kernels.stream_launch import FP8
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.packing import Place
 from aerie.llama4.safetensors_header import StoredTensor
+from aerie.llama4.value_checks import SeenValues, count_no_scales
 from aerie.llama4.weight_quantization import BLOCK, quantize_weight
 
 PIECE_BYTES = 4 * 2**20  # stays in the cache between reading, casting and checking
 MAX_THREADS = 8
+MAX_NAMED = 5
+
+logger = logging.getLogger("aerie.llama4")
 
 
 @dataclass(frozen=True)
@@ -39,30 +45,59 @@ class Copy:
     scale: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong with values; and matrices that are all zero or denormal, which is odd."""
+
+    problems: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+
+
 def read_all(
     copies: Sequence[Copy],
     check_finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Runs all copies and returns what is wrong with their values. Raises CheckpointError."""
+) -> Findings:
+    """Runs all copies and returns what their values are like. Raises CheckpointError."""
     total, done, lock = sum(copy.source.nbytes for copy in copies), 0, threading.Lock()
 
-    def run(copy: Copy) -> list[str]:
+    def run(copy: Copy) -> Findings:
         nonlocal done
-        problems = _copy(copy, check_finite)
+        found = _copy(copy, check_finite)
         with lock:
             done += copy.source.nbytes
             if progress is not None:
                 progress(done, total)
-        return problems
+        return found
 
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            return [line for lines in pool.map(run, copies) for line in lines]
+            found = list(pool.map(run, copies))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return Findings(
+        tuple(line for each in found for line in each.problems),
+        tuple(name for each in found for name in each.idle),
+    )
+
+
+def log_oddities(folder: Path, copies: Sequence[Copy], idle: Sequence[str]) -> None:
+    """Says what a loaded checkpoint may but should not be, and what was cast."""
+    if idle:
+        names = ", ".join(idle[:MAX_NAMED]) + (", ..." if len(idle) > MAX_NAMED else "")
+        logger.warning(
+            "%s: all values are zero or denormal in %d matrices (%s): was the file written whole?",
+            folder,
+            len(idle),
+            names,
+        )
+    values = [copy for copy in copies if copy.place.role == "value" and copy.place.parameter]
+    cast = Counter(c.source.kind for c in values if c.source.dtype != c.parameter.dtype)
+    if cast:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(cast.items()))
+        logger.info("%s: tensors cast to %s: %s", folder, values[0].parameter.dtype, kinds)
 
 
 def read(source: StoredTensor) -> Tensor:
@@ -81,24 +116,27 @@ def read_rows(source: StoredTensor, first: int, last: int) -> Tensor:
         return _read_rows(stream.fileno(), source, first, last)
 
 
-def _copy(copy: Copy, check_finite: bool) -> list[str]:
-    wrong = 0
+def _copy(copy: Copy, check_finite: bool) -> Findings:
+    wrong, seen = 0, SeenValues()
+    is_scale = copy.place.role == "scale"
     with copy.source.file.open("rb") as stream:
         for first, last in _pieces(copy):
             piece = _place_rows(stream.fileno(), copy, first, last)
-            if copy.place.role == "scale":
-                wrong += int((~(piece.isfinite() & (piece > 0))).sum())
+            if is_scale:
+                wrong += count_no_scales(piece)
             elif check_finite:
-                wrong += _count_not_finite(piece)
-    if not wrong:
-        return []
+                seen.look(piece)
     rule = f"not finite in {copy.parameter.dtype}"
-    if copy.place.role == "scale":
+    if is_scale:
         rule = "a scale must be positive and finite"
-    return [
-        f"{copy.name}: {rule}: {wrong} of {math.prod(copy.source.shape)} values "
-        f"[{copy.source.file.name}]; the file is damaged or was written wrongly"
-    ]
+    if wrong := wrong + seen.not_finite:
+        problem = (
+            f"{copy.name}: {rule}: {wrong} of {math.prod(copy.source.shape)} values "
+            f"[{copy.source.file.name}]; the file is damaged or was written wrongly"
+        )
+        return Findings((problem,))
+    is_idle = len(copy.source.shape) > 1 and seen.are_next_to_nothing
+    return Findings(idle=(copy.name,) if is_idle else ())
 
 
 def _place_rows(file: int, copy: Copy, first: int, last: int) -> Tensor:
@@ -193,15 +231,3 @@ def _fill(file: int, source: StoredTensor, first: int, last: int, memory: Tensor
             if count == 0:
                 raise CheckpointError(f"{source.file}: became shorter while it was read")
             done += count
-
-
-def _count_not_finite(piece: Tensor) -> int:
-    """Extremes first: they see every NaN and infinity at the speed of memory."""
-    if not piece.is_floating_point() or piece.numel() == 0:
-        return 0
-    if piece.dtype == FP8:
-        magnitudes = piece.view(torch.uint8) & 0x7F
-        return int((magnitudes == 0x7F).sum()) if magnitudes.max() == 0x7F else 0  # its only NaN
-    if torch.stack(torch.aminmax(piece)).isfinite().all():
-        return 0
-    return int(piece.numel() - piece.isfinite().sum())
