@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 
+from aerie.eagle3.batch import Committed
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import ChainDrafter
 from aerie.eagle3.generate import Decoding
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.tree import DraftTree, chain
 from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET
+from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 
@@ -57,27 +59,27 @@ class Recorder(ChainDrafter):
         super().__init__(*arguments)
         self.seen: list[DraftTree] = []
 
-    def propose(self, num_tokens: int) -> DraftTree:
-        proposed = super().propose(DEPTH)
+    def propose(self, committed: Committed) -> DraftTree:
+        proposed = super().propose(committed)
         self.seen.append(proposed)
-        return chain(proposed.tokens_N[:0])
+        return chain(proposed.tokens_BN[:, :0])
 
 
 def record(target, draft, prompt_ids: list[int], temperature: float, seed: int) -> dict[str, list]:
     """Chains from all positions that have `DEPTH` tokens of the target's behind them."""
-    recorder = Recorder(draft, len(prompt_ids) + NUM_TOKENS + DEPTH, draft.tap_layers(target))
+    slots = len(prompt_ids) + NUM_TOKENS + DEPTH + 1
+    cache = draft.allocate_cache(slots, num_pages=-(-slots // PAGE_SIZE))
+    recorder = Recorder(DEPTH, draft, cache, draft.tap_layers(target))
     params = SamplingParams(temperature, seed=seed)
-    text = Decoding(
-        target, prompt_ids, NUM_TOKENS, eos_token_ids=(), drafter=recorder, sampling=params
-    )
+    text = Decoding(target, prompt_ids, NUM_TOKENS, None, DEPTH, (), recorder, sampling=params)
     list(text)
     scores, accepted = [], []
     for at, tree in enumerate(recorder.seen[: NUM_TOKENS - DEPTH], start=1):
-        assert tree.scores_N is not None
-        pairs = zip(tree.tokens_N.tolist(), text.tokens[at : at + DEPTH], strict=True)
+        assert tree.scores_BN is not None
+        pairs = zip(tree.tokens_BN[0].tolist(), text.tokens[at : at + DEPTH], strict=True)
         is_hit = [drafted == written for drafted, written in pairs]
         accepted.append((*is_hit, False).index(False))
-        scores.append([round(100 * score) for score in tree.scores_N.tolist()])
+        scores.append([round(100 * score) for score in tree.scores_BN[0].tolist()])
     return {"scores": scores, "accepted": accepted}
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.generate import PREFILL_ROWS, generate
+from aerie.eagle3.engine import PREFILL_ROWS
+from aerie.eagle3.generate import generate
 from aerie.kernels.head_rows import ids_from_offsets
 from aerie.llama4.model import Llama4ForCausalLM
 

@@ -12,11 +12,12 @@ from math import exp
 import torch
 from torch import Tensor
 
-from aerie.eagle3.drafter import Drafter
+from aerie.eagle3.batch import Committed
+from aerie.eagle3.drafter import Drafter, PromptRows
 from aerie.eagle3.policies import Policy
 from aerie.eagle3.tree import DraftTree, GoesOn, best_part
 from aerie.eagle3.width import Experience, RoundCosts, worth_deepening, worth_verifying
-from aerie.llama4.image_features import ImageFeatures
+from aerie.llama4.cache import PagedKVCache
 
 
 @dataclass(frozen=True)
@@ -34,71 +35,105 @@ class CostAware:
     def num_rows(self) -> int:
         return self.policy.num_rows
 
-    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype, goes_on=None) -> Drafter:
+    def drafter(self, draft, cache, tap_layers, goes_on=None) -> Drafter:
         return CostAwareDrafter(
-            lambda stop: self.policy.drafter(draft, max_length, tap_layers, kv_cache_dtype, stop),
+            lambda stop: self.policy.drafter(draft, cache, tap_layers, stop),
             self.costs,
+            self.depth,
             goes_on,
         )
 
 
+@dataclass(frozen=True)
+class _Round:
+    """One that is under way: behind which lengths, and the path probabilities of its nodes."""
+
+    lengths: list[int]
+    verified: list[float]
+    best_of_levels: list[float]
+
+
 class CostAwareDrafter:
-    """Drafts for one sequence; learns from the committed rows it is told of."""
+    """Drafts for the sequences of a batch, equally many nodes for each; learns from the committed
+    rows it is told of, and by itself for every size of batch."""
 
-    def __init__(self, build, costs: RoundCosts, goes_on: GoesOn | None = None) -> None:
-        """`build` makes the inner drafter of a `GoesOn`."""
+    def __init__(self, build, costs: RoundCosts, depth: int, goes_on: GoesOn | None = None) -> None:
+        """`build` makes the inner drafter, of at most `depth` levels, of a `GoesOn`."""
         self.inner: Drafter = build(self._goes_on)
-        self.tap_layers = self.inner.tap_layers
-        self.costs, self.experience = costs, Experience(costs)
+        self.tap_layers, self.costs, self.depth = self.inner.tap_layers, costs, depth
+        self.experience = Experience(costs)
         self._also = goes_on
+        self._experiences = {1: self.experience}
         self._levels: list[list[float]] = []  # path probabilities, by drafted level
-        self._levels_wanted = 0
-        self._verified: list[float] | None = None  # of the round that is under way
+        self._last: _Round | None = None
 
-    def observe(
-        self,
-        aux_hidden_states: Sequence[Tensor],
-        next_ids_T: Tensor,
-        images: ImageFeatures | None = None,
-    ) -> None:
-        if self._verified is not None:
-            best = [max(level, default=0.0) for level in self._levels]
-            self.experience.observe(self._verified, best, len(next_ids_T) - 1)
-            self._verified = None
-        self.inner.observe(aux_hidden_states, next_ids_T, images)
+    @property
+    def cache(self) -> PagedKVCache | None:
+        return self.inner.cache
 
-    def propose(self, num_tokens: int) -> DraftTree:
-        """At most `num_tokens` levels; nothing where not even one node is worth verifying."""
-        self._levels, self._levels_wanted = [], num_tokens
-        tree = self.inner.propose(num_tokens)
-        if len(tree.tokens_N) == 0:
-            self._verified = []
+    def prefill(self, prompt: PromptRows, taps_TD: Sequence[Tensor]) -> None:
+        self.inner.prefill(prompt, taps_TD)
+
+    def propose(self, committed: Committed) -> DraftTree:
+        """Nothing where not even one node is worth verifying.
+
+        A batch whose passes the table of costs does not reach is drafted for in full.
+        """
+        sequences = len(committed.lengths_B)
+        self._learn(committed)
+        self.experience = (
+            self._experiences.setdefault(sequences, Experience(self.costs, sequences))
+            if sequences <= self.costs.sizes[-1]
+            else self.experience
+        )
+        self._levels, self._num_sequences = [], sequences
+        tree = self.inner.propose(committed)
+        num_nodes = tree.tokens_BN.shape[1]
+        if num_nodes == 0 or self._is_beyond_the_table(num_nodes):
             return tree
-        assert tree.scores_N is not None
-        scores_N = tree.scores_N.nan_to_num(-torch.inf)
-        read = torch.stack((scores_N.double(), tree.depths().double())).tolist()
-        nodes = sorted(zip(*read, strict=True), key=lambda node: -node[0])  # stable, as the cut
-        probabilities = [exp(score) for score, _ in nodes]
-        gains = [self.experience.gain(p) for p in probabilities]
-        count = worth_verifying(gains, self.costs, self.experience.rate)
-        self._verified = probabilities[:count]
+        assert tree.scores_BN is not None
+        scores_BN = tree.scores_BN.nan_to_num(-torch.inf)
+        levels_BN = tree.shape.depths_N[..., 1:].expand(sequences, -1)
+        read = torch.stack((scores_BN.double(), levels_BN.double()), dim=2).tolist()
+        # best first, stably, as the cut sorts them
+        trees = [sorted(nodes, key=lambda node: -node[0]) for nodes in read]
+        gains = [self.experience.gain(exp(score)) for nodes in trees for score, _ in nodes]
+        total = worth_verifying(
+            sorted(gains, reverse=True), self.costs, self.experience.rate, sequences
+        )
+        count = -(-total // sequences)
+        kept = [node for nodes in trees for node in nodes[:count]]
         self._levels = [
-            [exp(score) for score, level in nodes if level == wanted]
+            [exp(score) for nodes in trees for score, level in nodes if level == wanted]
             for wanted in range(1, tree.depth + 1)
         ]
-        depth = int(max((level for _, level in nodes[:count]), default=0))
-        return best_part(replace(tree, scores_N=scores_N), count, depth)
+        best = [max(level, default=0.0) for level in self._levels]
+        verified = [exp(score) for score, _ in kept]
+        self._last = _Round(committed.lengths_B.tolist(), verified, best)
+        depth = int(max((level for _, level in kept), default=0))
+        return best_part(replace(tree, scores_BN=scores_BN), count, depth)
 
-    def _goes_on(self, scores_K: Tensor) -> bool:
+    def _learn(self, committed: Committed) -> None:
+        """From the last round, if it was these sequences'."""
+        last, self._last = self._last, None
+        if last is not None and committed.starts_B.tolist() == last.lengths:
+            accepted = int(committed.counts_B.sum()) - len(last.lengths)
+            self.experience.observe(last.verified, last.best_of_levels, accepted)
+
+    def _is_beyond_the_table(self, num_nodes: int) -> bool:
+        return self._num_sequences * (1 + num_nodes) > self.costs.sizes[-1]
+
+    def _goes_on(self, scores_BK: Tensor) -> bool:
         experience = self.experience
-        self._levels.append(scores_K.exp().nan_to_num(0.0).tolist())
+        self._levels.append(scores_BK.flatten().exp().nan_to_num(0.0).tolist())
         gains = [[experience.gain(p) for p in level] for level in self._levels]
-        is_worth = worth_deepening(
+        is_worth = self._num_sequences > self.costs.sizes[-1] or worth_deepening(
             [gain for level in gains for gain in level],
             gains[-1],
-            self._levels_wanted - len(gains),
+            self.depth - len(gains),
             experience.fall,
             self.costs,
             experience.rate,
+            self._num_sequences,
         )
-        return is_worth and (self._also is None or self._also(scores_K))
+        return is_worth and (self._also is None or self._also(scores_BK))

@@ -55,6 +55,7 @@ from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.json_fields import read_fields
+from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.packing import lay_out_for_eager
 from aerie.llama4.sharded_modules import residual_norm, token_embedding
@@ -288,7 +289,12 @@ class Eagle3Llama4ForCausalLM(Module):
         return self.lm_head(post_norm_TD) * self.config.logit_scale
 
     def allocate_cache(
-        self, max_length: int, page_size: int = 64, kv_cache_dtype: KVCacheDtype = "auto"
+        self,
+        max_length: int,
+        num_sequences: int = 1,
+        page_size: int = PAGE_SIZE,
+        kv_cache_dtype: KVCacheDtype = "auto",
+        num_pages: int | None = None,
     ) -> PagedKVCache:
         """A one-layer cache in this draft's dtype (or of FP8 codes) and on its device.
 
@@ -308,6 +314,8 @@ class Eagle3Llama4ForCausalLM(Module):
             attention.head_dim,
             max_length,
             kv_scales=[self.midlayer.self_attn.kv_scales],
+            num_sequences=num_sequences,
+            num_pages=num_pages,
             page_size=page_size,
             dtype=cache_dtype(kv_cache_dtype, weight.dtype),
             device=weight.device,

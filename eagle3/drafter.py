@@ -1,7 +1,10 @@
 """Drafting a chain: one pass over what was committed since, then one row per further level.
 
 The draft's keys and values of guessed rows come from its own guesses of the target's hidden states.
-They are forgotten after every round and rebuilt from true features in the next first pass.
+Nothing commits them: the next round starts behind the committed rows, which it builds from true
+features, and overwrites them.
+
+Letters: B sequences, P rows committed in a round at most, N drafted nodes.
 """
 
 from collections.abc import Sequence
@@ -11,104 +14,123 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.batch import Committed
+from aerie.eagle3.draft import DraftOutput, Eagle3Llama4ForCausalLM
 from aerie.eagle3.tree import DraftTree, GoesOn, chain
+from aerie.llama4.cache import PagedKVCache
+from aerie.llama4.device_steps import chain_shape, counting, device_step
 from aerie.llama4.image_features import ImageFeatures
-from aerie.llama4.kv_scales import KVCacheDtype
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Rows of one sequence from position `start` on, and the token behind each of them."""
+
+    sequence: int
+    start: int
+    start_B: Tensor  # the same, on the device
+    next_ids_T: Tensor
+    images: ImageFeatures | None = None
 
 
 class Drafter(Protocol):
-    """Proposes tokens to verify; told after every target pass what was committed."""
+    """Proposes tokens to verify. Its cache, if any, has the rows and pages of the target's."""
 
     tap_layers: tuple[int, ...]  # inputs of target layers it wants to observe
 
-    def observe(
-        self,
-        aux_hidden_states: Sequence[Tensor],
-        next_ids_T: Tensor,
-        images: ImageFeatures | None = None,
-    ) -> None: ...
+    @property
+    def cache(self) -> PagedKVCache | None: ...
 
-    def propose(self, num_tokens: int) -> DraftTree: ...
+    def prefill(self, prompt: PromptRows, taps_TD: Sequence[Tensor]) -> None:
+        """Takes in committed rows of a prompt, of which the next tokens are known."""
+        ...
+
+    def propose(self, committed: Committed) -> DraftTree:
+        """Catches up on what was committed, and drafts behind it."""
+        ...
 
 
 class NoDrafter:
     """Plain decoding: nothing is proposed, every target pass yields one token."""
 
     tap_layers: tuple[int, ...] = ()
+    cache = None
 
-    def __init__(self, device: torch.device) -> None:
-        self._nothing = chain(torch.empty(0, dtype=torch.int64, device=device))
-
-    def observe(
-        self,
-        aux_hidden_states: Sequence[Tensor],
-        next_ids_T: Tensor,
-        images: ImageFeatures | None = None,
-    ) -> None:
+    def prefill(self, prompt: PromptRows, taps_TD: Sequence[Tensor]) -> None:
         """Nothing to learn from."""
 
-    def propose(self, num_tokens: int) -> DraftTree:
-        return self._nothing
+    def propose(self, committed: Committed) -> DraftTree:
+        return chain(committed.next_ids_BP[:, :0])
 
 
-@dataclass(frozen=True)
-class Level:
-    """One drafted token and the state its own row would start from."""
-
-    hidden_TD: Tensor
-    token_T: Tensor
-    logprob_T: Tensor
-
-
-class ChainDrafter:
-    """Greedy chains from an Eagle3 draft, with the draft's own cache."""
+class CachedDrafter:
+    """What all drafters with a draft share: its cache, and the pass over committed rows."""
 
     def __init__(
         self,
         draft: Eagle3Llama4ForCausalLM,
-        max_length: int,
+        cache: PagedKVCache,
         tap_layers: tuple[int, ...] = (),
-        kv_cache_dtype: KVCacheDtype = "auto",
         goes_on: GoesOn | None = None,
     ) -> None:
         """`tap_layers` as `draft.tap_layers(target)` gives them."""
-        self.goes_on = goes_on
-        self.draft = draft
-        self.tap_layers = tap_layers
-        self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
-        self._last: Level | None = None
+        self.draft, self.cache, self.tap_layers, self.goes_on = draft, cache, tap_layers, goes_on
 
-    def observe(
-        self,
-        aux_hidden_states: Sequence[Tensor],
-        next_ids_T: Tensor,
-        images: ImageFeatures | None = None,
-    ) -> None:
-        """Catches up on committed positions: their taps and, for each, the token after it, or the
-        feature where the prompt's `images` stand there."""
-        hidden_TD = self.draft.combine_hidden_states(aux_hidden_states)
-        embeds_TD = self.draft.merged_embeddings(next_ids_T, self.cache.lengths[0], images)
-        self._last = self._pass(next_ids_T, hidden_TD, embeds_TD)
+    def prefill(self, prompt: PromptRows, taps_TD: Sequence[Tensor]) -> None:
+        """Where the prompt's images stand their features are what the draft sees."""
+        next_ids_T = prompt.next_ids_T
+        hidden_TD = self.draft.combine_hidden_states(taps_TD)
+        embeds_TD = self.draft.merged_embeddings(next_ids_T, prompt.start, prompt.images)
+        shape = chain_shape(len(next_ids_T), next_ids_T.device)
+        step = device_step(self.cache, prompt.start_B, shape, prompt.sequence)
+        self.draft(next_ids_T, hidden_TD, step, embeds_TD)
 
-    def propose(self, num_tokens: int) -> DraftTree:
+    def _catch_up(self, committed: Committed) -> DraftOutput:
+        """Of the last committed row of every sequence: [B, D] states, to draft from."""
+        sequences, rows = committed.next_ids_BP.shape
+        device = committed.counts_B.device
+        hidden_TD = self.draft.combine_hidden_states(
+            [tap_BPD.flatten(0, 1) for tap_BPD in committed.taps_BPD]
+        )
+        step = device_step(self.cache, committed.starts_B, chain_shape(rows, device))
+        output = self.draft(committed.next_ids_BP.reshape(-1), hidden_TD, step)
+        if rows == 1:
+            return output
+        last_B = committed.counts_B - 1 + rows * counting(sequences, device)
+        return DraftOutput(output.post_norm_TD[last_B], output.next_hidden_TD[last_B])
+
+
+@dataclass(frozen=True)
+class Level:
+    """One drafted token of every sequence, and the states their own rows would start from."""
+
+    hidden_BD: Tensor
+    token_B1: Tensor
+    logprob_B1: Tensor
+
+
+class ChainDrafter(CachedDrafter):
+    """Greedy chains from an Eagle3 draft."""
+
+    def __init__(self, num_tokens: int, *draft_and_cache) -> None:
+        super().__init__(*draft_and_cache)
+        self.num_tokens = num_tokens
+
+    def propose(self, committed: Committed) -> DraftTree:
         """The likeliest continuation of `num_tokens` tokens, as the draft sees it."""
-        assert self._last is not None, "observe comes first"
-        level, committed = self._last, self.cache.lengths[0]
-        tokens, scores = [level.token_T], [level.logprob_T]
-        while len(tokens) < num_tokens:
+        level = self._level(self._catch_up(committed))
+        tokens, scores, lengths_B = [level.token_B1], [level.logprob_B1], committed.lengths_B
+        shape = chain_shape(1, lengths_B.device)
+        while len(tokens) < self.num_tokens:
             if self.goes_on is not None and not self.goes_on(scores[-1]):
                 break
-            level = self._pass(level.token_T, level.hidden_TD)
-            tokens.append(level.token_T)
-            scores.append(scores[-1] + level.logprob_T)
-        self.cache.rollback(0, committed)
-        return chain(torch.cat(tokens)[:num_tokens], torch.cat(scores)[:num_tokens])
+            step = device_step(self.cache, lengths_B, shape)
+            level = self._level(self.draft(level.token_B1.view(-1), level.hidden_BD, step))
+            tokens.append(level.token_B1)
+            scores.append(scores[-1] + level.logprob_B1)
+            lengths_B = lengths_B + 1
+        return chain(torch.cat(tokens, dim=1), torch.cat(scores, dim=1))
 
-    def _pass(self, ids_T: Tensor, hidden_TD: Tensor, embeds_TD: Tensor | None = None) -> Level:
-        """What the last row yields; all rows stay in the draft's cache."""
-        num_rows = len(ids_T)
-        output = self.draft(ids_T, hidden_TD, self.cache.causal_step(num_rows), embeds_TD)
-        self.cache.commit(0, range(num_rows))
-        top = self.draft.top_tokens(output.post_norm_TD[-1:], 1)
-        return Level(output.next_hidden_TD[-1:], top.ids_TA.flatten(), top.logprobs_TA[:, 0])
+    def _level(self, output: DraftOutput) -> Level:
+        top = self.draft.top_tokens(output.post_norm_TD, 1)
+        return Level(output.next_hidden_TD, top.ids_TA, top.logprobs_TA)

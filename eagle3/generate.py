@@ -1,40 +1,141 @@
 """Speculative decoding, EAGLE-3 (arXiv 2503.01840): draft, verify, accept, commit.
 
-One sequence, greedy or sampled. The plain loop is the same code with a drafter that proposes
-nothing, so what speculation is compared with differs from it in nothing else.
+Plain decoding is the same code with a drafter that proposes nothing, so what speculation is
+compared with differs from it in nothing else.
 """
 
-import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
+from aerie.eagle3.batch import Batch
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.drafter import Drafter, NoDrafter
-from aerie.eagle3.ends import Detokenize, Ends, FinishReason
+from aerie.eagle3.drafter import Drafter, NoDrafter, PromptRows
+from aerie.eagle3.ends import Detokenize, FinishReason
+from aerie.eagle3.engine import PREFILL_ROWS, Engine, Report
 from aerie.eagle3.interface import Target
 from aerie.eagle3.policies import Chain, Policy
-from aerie.eagle3.prefixes import History
 from aerie.eagle3.sampler import Sampler
 from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.sequences import Burst, Decoded, Request, check_draft_takes_images
 from aerie.eagle3.stats import Stats
-from aerie.eagle3.verify import Verified, Verifier
+from aerie.eagle3.verify import Verifier
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
 from aerie.llama4.image_features import ImageFeatures
+from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 
-PREFILL_ROWS = 1024  # rows of one prefill pass; bounds its activations
-DEAD_DRAFT = (
-    "the draft looks dead: %.0f of 100 first drafted tokens were accepted in %d drafts. The text "
-    "is right but not faster; `aerie probe` tests the known ways to misread a draft"
-)
 
-logger = logging.getLogger("aerie.eagle3")
+class Speculation:
+    """The passes of EAGLE-3 over a batch, whose state stays on the device."""
+
+    def __init__(
+        self,
+        target: Llama4ForCausalLM,
+        draft: Eagle3Llama4ForCausalLM | None,
+        policy: Policy,
+        capacity: int,
+        max_length: int,
+        kv_cache_dtype: KVCacheDtype = "auto",
+        drafter: Drafter | None = None,
+    ) -> None:
+        """Room for `capacity` sequences of `max_length` tokens; a `drafter` replaces the draft."""
+        if draft is not None and not draft.is_bound_to(target):
+            raise ValueError("draft: was loaded for another target; load it with this one")
+        self.capacity, self.policy, self.device = capacity, policy, target.lm_head.weight.device
+        self.lag = 1 if self.device.type == "cuda" else 0
+        depth = 0 if draft is None and drafter is None else policy.depth
+        num_rows = 0 if draft is None and drafter is None else policy.num_rows
+        # behind the last token: the rows of a round, and of one that was not needed
+        self._slack = num_rows + 1 + self.lag * (depth + 1)
+        slots, width = max_length + self._slack, target.config.hidden_size
+        num_pages = capacity * -(-slots // PAGE_SIZE)
+        cache = target.allocate_cache(
+            slots,
+            capacity,
+            max_step_rows=max(PREFILL_ROWS, MAX_TREE_ROWS),
+            kv_cache_dtype=kv_cache_dtype,
+            num_pages=num_pages,
+        )
+        if drafter is None and draft is not None:
+            draft_cache = draft.allocate_cache(
+                slots, capacity, kv_cache_dtype=kv_cache_dtype, num_pages=num_pages
+            )
+            drafter = policy.drafter(draft, draft_cache, draft.tap_layers(target))
+        self.drafter: Drafter = drafter or NoDrafter()
+        taps, vocab_size = self.drafter.tap_layers, target.config.vocab_size
+        self.batch = Batch(capacity, slots, depth + 1, len(taps), width, target.dtype, self.device)
+        sampler = Sampler(self.batch.ids_BS, vocab_size, target.backend, self.device)
+        self.verifier = Verifier(target, cache, self.batch, sampler, target.backend, taps)
+        own = self.drafter.cache
+        self.caches = [cache] if own is None else [cache, own]
+
+    def round(self, sequences: int) -> Report:
+        """One round of the first `sequences` of the batch; nothing in it asks the host."""
+        start = time.perf_counter()
+        draft = self.drafter.propose(self.batch.committed(sequences))
+        drafted = time.perf_counter()
+        verified = self.verifier.verify(sequences, draft)
+        accepted = self.verifier.accept(draft, verified)
+        self.verifier.commit(draft, verified, accepted)
+        counts_B1 = self.batch.counts_B[:sequences, None]
+        return Report(
+            torch.cat((counts_B1, accepted.ids_BP), dim=1),
+            draft.tokens_BN.shape[1],
+            draft.depth,
+            1e3 * (drafted - start),
+            1e3 * (time.perf_counter() - drafted),
+        )
+
+    def prefill(self, row: int, request: Request, start: int, end: int) -> Report | None:
+        """Commits tokens of a prompt; the draft follows as far as it knows the token behind a row.
+
+        Behind the last one the next token is chosen, and reported.
+        """
+        batch, ids_T = self.batch, self._ids(request.prompt_ids[start:end])
+        is_last, images = end == len(request.prompt_ids), request.images
+        verified = self.verifier.prefill(row, start, ids_T, images, is_last=is_last)
+        known = request.prompt_ids[start + 1 : end + 1]
+        if known:
+            start_B, next_ids_T = batch.lengths_B[row : row + 1], self._ids(known)
+            prompt = PromptRows(row, start, start_B, next_ids_T, images)
+            self.drafter.prefill(prompt, [tap_TD[: len(known)] for tap_TD in verified.taps_TD])
+        batch.lengths_B[row] += end - start
+        if not is_last:
+            return None
+        batch.begin(row, verified.target_ids_T, [tap_TD[-1:] for tap_TD in verified.taps_TD])
+        one = torch.ones_like(verified.target_ids_T)
+        return Report(torch.stack((one, verified.target_ids_T), dim=1))
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+
+    def has_room_for(self, request: Request) -> bool:
+        return all(cache.has_room_for(request.max_length + self._slack) for cache in self.caches)
+
+    def join(self, row: int, request: Request) -> None:
+        """Row `row` is the request's, with all the pages it can need."""
+        for cache in self.caches:
+            cache.admit(row, request.max_length + self._slack)
+        self.batch.join(row, self._ids(request.prompt_ids))
+        end_ids, num_prompt = request.ends.eos_token_ids, len(request.prompt_ids)
+        self.verifier.sampler.join(row, request.sampling, request.seed, end_ids, num_prompt)
+
+    def move(self, source: int, target: int) -> None:
+        """The sequence of row `source` goes on in row `target`, which has been left."""
+        for cache in self.caches:
+            cache.move(source, target)
+        self.batch.move(source, target)
+        self.verifier.sampler.move(source, target)
+
+    def leave(self, row: int) -> None:
+        for cache in self.caches:
+            cache.release(row)
+        self.batch.leave(row)
 
 
 @dataclass(frozen=True)
@@ -75,103 +176,49 @@ class Decoding:
         target's cache and of the draft's. `sampling` None is greedy. The token limit is
         `max_new_tokens` or `sampling.max_tokens`. `images` stand at placeholders of the prompt.
         """
-        sampling = SamplingParams() if sampling is None else sampling
-        max_new_tokens = _token_limit(max_new_tokens, sampling)
         target = target.get_language_model()
-        _check_prompt(prompt_ids, max_new_tokens, target)
-        if images is not None:
-            _check_images(images, prompt_ids, target, draft)
-        sampling.check_vocabulary(target.config.vocab_size)
-        self.policy = Chain(num_speculative_tokens) if policy is None else policy
-        self.context = target.config.max_position_embeddings
-        self.device = target.lm_head.weight.device
-        self.prompt_ids = list(prompt_ids)
-        self.images = images
-        eos = target.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-        self.ends = Ends(
-            frozenset(eos),
-            frozenset(sampling.stop_token_ids),
-            sampling.stop_strings,
-            sampling.min_tokens,
-            max_new_tokens,
-            len(self.prompt_ids),
-            self.context,
-            detokenize,
+        request = Request.checked(
+            target, prompt_ids, max_new_tokens, eos_token_ids, sampling, detokenize, images
         )
-        longest = min(self.context, len(self.prompt_ids) + max_new_tokens)
-        capacity = longest + self.policy.num_rows + 1
-        largest_step = max(PREFILL_ROWS, MAX_TREE_ROWS)
-        cache = target.allocate_cache(
-            capacity, max_step_rows=largest_step, kv_cache_dtype=kv_cache_dtype
+        if images is not None and draft is not None:
+            check_draft_takes_images(draft, target)
+        policy = Chain(num_speculative_tokens) if policy is None else policy
+        self.passes = Speculation(
+            target, draft, policy, 1, request.max_length, kv_cache_dtype, drafter
         )
-        self.drafter = drafter or _drafter(self.policy, draft, target, capacity, kv_cache_dtype)
-        history = History(self.prompt_ids, self.context, self.device)
-        vocab_size = target.config.vocab_size
-        self.sampler = Sampler(sampling, history, eos, vocab_size, target.backend, self.device)
-        taps = self.drafter.tap_layers
-        self.verifier = Verifier(target, cache, self.sampler, target.backend, taps)
-        self.tokens: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.stats = Stats()
+        self._engine = Engine(self.passes, self.passes.lag)
+        self._decoded = self._engine.add(request)
         self._is_started = False
-        self._has_warned = False
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._decoded.tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self._decoded.finish_reason
+
+    @property
+    def stats(self) -> Stats:
+        return self._decoded.stats
+
+    @property
+    def seed(self) -> int | None:
+        """Repeats a sampled run."""
+        return self._decoded.request.reported_seed
 
     @torch.inference_mode()
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Burst]:
+        """Closing the iterator between two bursts cancels the rest and frees its pages."""
         if self._is_started:
             raise ValueError("decoding: a Decoding is iterated once; build another one")
         self._is_started = True
-        with self.stats.timed("total"), self.stats.timed("prefill"):
-            verified = self._prefill()
-        yield self._keep(verified.tokens)
-        while self.finish_reason is None:
-            with self.stats.timed("total"):
-                verified = self._round(verified)
-            yield self._keep(verified.tokens)
-
-    def _round(self, last: Verified) -> Verified:
-        """Draft from what the last pass committed, verify, book."""
-        with self.stats.timed("draft"):
-            self.drafter.observe(last.aux_hidden_states, self._ids(last.next_ids), self.images)
-            draft = self.drafter.propose(self._room())
-        with self.stats.timed("verify"):
-            verified = self.verifier.verify(self._ids(last.tokens[-1:]), draft)
-        self.stats.count_draft(len(draft.tokens_N), len(verified.path) - 1, draft.depth)
-        if self.stats.is_at_the_floor and not self._has_warned:
-            self._has_warned = True
-            first = 100 * self.stats.acceptance_per_position[0]
-            logger.warning(DEAD_DRAFT, first, self.stats.num_drafts)
-        return verified
-
-    def _prefill(self) -> Verified:
-        """Commits the prompt in bounded passes; the drafter follows all but the last of them."""
-        parts = [
-            self.prompt_ids[start : start + PREFILL_ROWS]
-            for start in range(0, len(self.prompt_ids), PREFILL_ROWS)
-        ]
-        for part, following in pairwise([*parts, []]):
-            verified = self.verifier.prefill(part, following, self.images)
-            self.stats.num_target_passes += 1
-            if following:
-                next_ids = self._ids(verified.next_ids)
-                self.drafter.observe(verified.aux_hidden_states, next_ids, self.images)
-        return verified
-
-    def _keep(self, run: list[int]) -> list[int]:
-        """The part of an accepted run that is output."""
-        burst, self.finish_reason = self.ends.cut(self.tokens, run)
-        self.tokens += burst
-        self.sampler.observe(burst)
-        self.stats.num_tokens = len(self.tokens)
-        return burst
-
-    def _room(self) -> int:
-        """Levels to draft: fewer where even the bonus token would not fit into the context."""
-        written = len(self.prompt_ids) + len(self.tokens)
-        return min(self.policy.depth, self.context - written - 1)
-
-    def _ids(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        try:
+            while self._engine.has_work:
+                for _, burst in self._engine.step():
+                    yield burst
+        finally:
+            self._engine.cancel(self._decoded)
 
 
 def generate(
@@ -207,67 +254,12 @@ def generate(
         detokenize=detokenize,
         images=images,
     )
-    tokens = [token for burst in decoding for token in burst]
-    assert decoding.finish_reason is not None
-    return Generation(tokens, decoding.finish_reason, decoding.stats, decoding.sampler.seed)
+    for _ in decoding:
+        pass
+    return generation_of(decoding._decoded)
 
 
-def _token_limit(max_new_tokens: int | None, sampling: SamplingParams) -> int:
-    limits = [limit for limit in (max_new_tokens, sampling.max_tokens) if limit is not None]
-    if not limits:
-        raise ValueError("max_new_tokens: give it, or max_tokens in the sampling parameters")
-    return min(limits)
-
-
-def _drafter(
-    policy: Policy,
-    draft: Eagle3Llama4ForCausalLM | None,
-    target: Llama4ForCausalLM,
-    capacity: int,
-    kv_cache_dtype: KVCacheDtype,
-) -> Drafter:
-    if draft is None:
-        return NoDrafter(target.lm_head.weight.device)
-    if not draft.is_bound_to(target):
-        raise ValueError("draft: was loaded for another target; load it with this one")
-    return policy.drafter(draft, capacity, draft.tap_layers(target), kv_cache_dtype)
-
-
-def _check_prompt(
-    prompt_ids: Sequence[int], max_new_tokens: int, target: Llama4ForCausalLM
-) -> None:
-    """Raises ValueError for what `target` cannot continue by `max_new_tokens`."""
-    context, vocab_size = target.config.max_position_embeddings, target.config.vocab_size
-    if not 1 <= len(prompt_ids) < context:
-        raise ValueError(
-            f"prompt_ids: must hold 1..{context - 1} tokens (the context is {context}), "
-            f"got {len(prompt_ids)}"
-        )
-    outside = [t for t in prompt_ids if not (isinstance(t, SupportsIndex) and 0 <= t < vocab_size)]
-    if outside:
-        raise ValueError(f"prompt_ids: must lie in 0..{vocab_size - 1}, got {outside[:5]}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
-
-
-def _check_images(
-    images: ImageFeatures,
-    prompt_ids: Sequence[int],
-    target: Llama4ForCausalLM,
-    draft: Eagle3Llama4ForCausalLM | None,
-) -> None:
-    """Raises ValueError for image rows that prompt, target or draft cannot take."""
-    width = target.config.hidden_size
-    if images.rows_FD.shape[1] != width:
-        raise ValueError(f"images: rows must be {width} wide, got {images.rows_FD.shape[1]}")
-    if images.positions and images.positions[-1] >= len(prompt_ids):
-        raise ValueError(
-            f"images: reach position {images.positions[-1]} of a prompt of {len(prompt_ids)} tokens"
-        )
-    if draft is None or draft.config.draft_multimodal == "text":
-        return
-    if draft.config.hidden_size != width:
-        raise ValueError(
-            f"draft: of width {draft.config.hidden_size}, cannot take image features of the "
-            f'target\'s {width}; load it with "draft_multimodal": "text"'
-        )
+def generation_of(decoded: Decoded) -> Generation:
+    assert decoded.finish_reason is not None
+    seed = decoded.request.reported_seed
+    return Generation(decoded.tokens, decoded.finish_reason, decoded.stats, seed)

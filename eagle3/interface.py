@@ -34,7 +34,13 @@ class SupportsEagle3(Protocol):
     def get_input_embeddings(self, input_ids_T: Tensor) -> Tensor: ...
 
     def allocate_cache(
-        self, max_length: int, *, max_step_rows: int, kv_cache_dtype: KVCacheDtype
+        self,
+        max_length: int,
+        num_sequences: int,
+        *,
+        max_step_rows: int,
+        kv_cache_dtype: KVCacheDtype,
+        num_pages: int | None,
     ) -> PagedKVCache: ...
 
     def __call__(

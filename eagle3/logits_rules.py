@@ -65,7 +65,7 @@ def _min_tokens(count: int, ends: Tensor) -> Rule:
 
 def _repetition_penalty(penalty: float) -> Rule:
     def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
-        is_seen_TV = _counts(prefixes, prefixes.known_S, logits_TV) > 0
+        is_seen_TV = _counts(prefixes, 0, logits_TV) > 0
         scaled_TV = torch.where(logits_TV > 0, logits_TV / penalty, logits_TV * penalty)
         return torch.where(is_seen_TV, scaled_TV, logits_TV)
 
@@ -74,16 +74,17 @@ def _repetition_penalty(penalty: float) -> Rule:
 
 def _output_penalties(presence: float, frequency: float) -> Rule:
     def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
-        counts_TV = _counts(prefixes, prefixes.known_S[prefixes.num_prompt :], logits_TV)
+        counts_TV = _counts(prefixes, prefixes.num_prompt, logits_TV)
         return logits_TV - frequency * counts_TV - presence * (counts_TV > 0)
 
     return rule
 
 
-def _counts(prefixes: Prefixes, known_S: Tensor, like_TV: Tensor) -> Tensor:
-    """How often each token stands in `known_S` and on the path of each row."""
+def _counts(prefixes: Prefixes, first: int, like_TV: Tensor) -> Tensor:
+    """How often each token stands at known positions from `first` on and on each row's path."""
     known_V = torch.zeros_like(like_TV[0])
-    known_V.scatter_add_(0, known_S, torch.ones_like(known_S, dtype=like_TV.dtype))
+    is_known_S = prefixes.known_since(first).to(like_TV.dtype)
+    known_V.scatter_add_(0, prefixes.ids_S, is_known_S)
     rows = len(prefixes.tokens_T)
     tokens_TT = prefixes.tokens_T.expand(rows, rows)
     drafted_TT = prefixes.drafted_TT().to(like_TV.dtype)
@@ -91,17 +92,14 @@ def _counts(prefixes: Prefixes, known_S: Tensor, like_TV: Tensor) -> Tensor:
 
 
 def _custom(processor: LogitsProcessor) -> Rule:
-    """Rows of one depth have prefixes of one length: they are one call."""
+    """Rows of one depth have prefixes of one length: they are one call. Reads the device."""
 
     def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
         result_TV = logits_TV.clone()
         depths = prefixes.depths_T.tolist()
         for depth in sorted(set(depths)):
             rows = [row for row, other in enumerate(depths) if other == depth]
-            ids = prefixes.known_S.expand(len(rows), -1)
-            if depth > 0:
-                ids = torch.cat((ids, prefixes.last_tokens(depth)[rows]), dim=1)
-            result_TV[rows] = _processed(processor, ids, logits_TV[rows])
+            result_TV[rows] = _processed(processor, prefixes.whole(depth), logits_TV[rows])
         return result_TV
 
     return rule

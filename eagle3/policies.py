@@ -16,7 +16,7 @@ from aerie.eagle3.tree import GoesOn
 from aerie.eagle3.tree_drafter import DynamicTreeDrafter, StaticTreeDrafter
 from aerie.kernels.draft_vocab import MAX_K
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
-from aerie.llama4.kv_scales import KVCacheDtype
+from aerie.llama4.cache import PagedKVCache
 
 MAX_SPECULATIVE_TOKENS = MAX_TREE_ROWS - 1  # the root is a row of the verified tree too
 
@@ -36,9 +36,8 @@ class Policy(Protocol):
     def drafter(
         self,
         draft: Eagle3Llama4ForCausalLM,
-        max_length: int,
+        cache: PagedKVCache,
         tap_layers: tuple[int, ...],
-        kv_cache_dtype: KVCacheDtype,
         goes_on: GoesOn | None = None,
     ) -> Drafter: ...
 
@@ -63,9 +62,9 @@ class Chain:
 
     num_rows = depth
 
-    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype, goes_on=None) -> Drafter:
+    def drafter(self, draft, cache, tap_layers, goes_on=None) -> Drafter:
         stop = _both(self.confidence_threshold, goes_on)
-        return ChainDrafter(draft, max_length, tap_layers, kv_cache_dtype, stop)
+        return ChainDrafter(self.num_speculative_tokens, draft, cache, tap_layers, stop)
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,12 @@ class StaticTree:
     def num_rows(self) -> int:
         return len(self.speculative_token_tree)
 
-    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype, goes_on=None) -> Drafter:
+    def drafter(self, draft, cache, tap_layers, goes_on=None) -> Drafter:
         width = 1 + max(rank for path in self.speculative_token_tree for rank in path)
         _check_vocabulary("speculative_token_tree", width, draft)
         paths = [tuple(path) for path in self.speculative_token_tree]
         stop = _both(self.confidence_threshold, goes_on)
-        return StaticTreeDrafter(paths, draft, max_length, tap_layers, kv_cache_dtype, stop)
+        return StaticTreeDrafter(paths, draft, cache, tap_layers, stop)
 
 
 @dataclass(frozen=True)
@@ -150,11 +149,11 @@ class DynamicTree:
     def num_rows(self) -> int:
         return max(self.num_speculative_tokens, self.eagle_topk * (self.num_steps - 1))
 
-    def drafter(self, draft, max_length, tap_layers, kv_cache_dtype, goes_on=None) -> Drafter:
+    def drafter(self, draft, cache, tap_layers, goes_on=None) -> Drafter:
         _check_vocabulary("eagle_topk", self.eagle_topk, draft)
-        arguments = draft, max_length, tap_layers, kv_cache_dtype
+        sizes = self.num_speculative_tokens, self.num_steps, self.eagle_topk
         stop = _both(self.confidence_threshold, goes_on)
-        return DynamicTreeDrafter(self.num_speculative_tokens, self.eagle_topk, *arguments, stop)
+        return DynamicTreeDrafter(*sizes, draft, cache, tap_layers, stop)
 
 
 def check_num_speculative_tokens(k: object) -> None:

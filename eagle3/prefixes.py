@@ -1,53 +1,35 @@
 """The tokens before each row's next one: in a tree, every row has a prefix of its own."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class History:
-    """All known tokens of one sequence, on the device; grows without being copied."""
-
-    def __init__(self, prompt_ids: Sequence[int], max_length: int, device: torch.device) -> None:
-        self._ids_S = torch.empty(max_length, dtype=torch.int64, device=device)
-        self._length = 0
-        self.num_prompt = len(prompt_ids)
-        self.extend(prompt_ids)
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        end = self._length + len(tokens)
-        self._ids_S[self._length : end] = torch.tensor(tokens, device=self._ids_S.device)
-        self._length = end
-
-    @property
-    def ids_S(self) -> Tensor:
-        return self._ids_S[: self._length]
-
-
 @dataclass(frozen=True)
 class Prefixes:
-    """Rows behind `known_S`, whose last token is row 0, the root. Letters: T rows, S known tokens.
+    """Rows of one sequence, whose first `num_known` ids are known; the last of them is row 0's, the
+    root's. Letters: T rows, S positions (ids behind the known ones are anything in the vocabulary).
 
     Row t continues the known tokens and the drafted ones on its path, itself included.
     """
 
-    known_S: Tensor
+    ids_S: Tensor
+    num_known: Tensor  # a number that only the device knows
     num_prompt: int
     tokens_T: Tensor
     parents_T: Tensor  # rows; the root's is not used
-    positions_T: Tensor
-
-    @property
-    def depths_T(self) -> Tensor:
-        """Drafted tokens on the path of each row."""
-        return self.positions_T - self.positions_T[0]
+    depths_T: Tensor  # drafted tokens on the path of each row
 
     @property
     def num_output_T(self) -> Tensor:
         """Generated tokens in each row's prefix."""
-        return self.depths_T + (len(self.known_S) - self.num_prompt)
+        return self.depths_T + (self.num_known - self.num_prompt)
+
+    def known_since(self, first: int) -> Tensor:
+        """[S], whether an id is known and stands at position `first` or later."""
+        position_S = torch.arange(len(self.ids_S), device=self.ids_S.device)
+        return (position_S >= first) & (position_S < self.num_known)
 
     def drafted_TT(self) -> Tensor:
         """Whether row j, not the root, lies on the path of row t."""
@@ -62,15 +44,18 @@ class Prefixes:
 
     def last_tokens(self, count: int) -> Tensor:
         """[T, count], the last tokens of each prefix in reading order; -1 before its start."""
-        root = len(self.known_S) - 1
-        tokens = torch.cat((self.known_S[:-1], self.tokens_T))
-        before_root = torch.arange(-1, root, device=tokens.device)
-        previous = torch.cat((before_root, self.parents_T[1:] + root))
-        at_T = torch.arange(root, len(tokens), device=tokens.device)
-        columns = []
-        for _ in range(count):
-            is_token_T = at_T >= 0
-            at_T = at_T.clamp(min=0)
-            columns.append(torch.where(is_token_T, tokens[at_T], -1))
-            at_T = torch.where(is_token_T, previous[at_T], -1)
+        parents_T, columns = self.parents_T.clamp(min=0), []
+        row_T = torch.arange(len(self.tokens_T), device=self.tokens_T.device)
+        for back in range(count):
+            position_T = self.num_known - 1 + self.depths_T - back
+            known_T = self.ids_S[position_T.clamp(0, len(self.ids_S) - 1)]
+            known_T = torch.where(position_T >= 0, known_T, -1)
+            columns.append(torch.where(self.depths_T > back, self.tokens_T[row_T], known_T))
+            row_T = parents_T[row_T]
         return torch.stack(columns[::-1], dim=1)
+
+    def whole(self, depth: int) -> Tensor:
+        """[rows of `depth`, length], whole prefixes, which have one length. Reads the device."""
+        rows = (self.depths_T == depth).nonzero().flatten()
+        ids = self.ids_S[: int(self.num_known)].expand(len(rows), -1)
+        return torch.cat((ids, self.last_tokens(depth)[rows]), dim=1) if depth else ids

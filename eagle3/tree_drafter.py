@@ -7,7 +7,8 @@ are what is read. None of these keys and values is committed.
 
 EAGLE-2 (arXiv 2406.16858): a node's score is the log-probability of its path. The `topk` best of a
 level are expanded by their `topk` likeliest children; of all candidates the best become the tree.
-Everything stays on the device. Letters: F rows of the running step.
+Everything stays on the device. Letters: B sequences, F rows of the running step of each, K nodes of
+a level, A children of a node.
 """
 
 from collections.abc import Sequence
@@ -16,121 +17,131 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aerie.eagle3.draft import DraftOutput, Eagle3Llama4ForCausalLM
-from aerie.eagle3.tree import DraftTree, GoesOn, best_nodes, chain
-from aerie.llama4.cache import DeviceTree, Tree
-from aerie.llama4.image_features import ImageFeatures
-from aerie.llama4.kv_scales import KVCacheDtype
+from aerie.eagle3.batch import Committed
+from aerie.eagle3.draft import DraftOutput
+from aerie.eagle3.drafter import CachedDrafter
+from aerie.eagle3.tree import DraftTree, best_nodes, fixed_tree
+from aerie.llama4.cache import DeviceTree
+from aerie.llama4.device_steps import counting, device_step
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Rows to run: earlier levels, then the nodes to expand next. `shape` is their forest."""
+    """Rows to run: earlier levels, then the nodes to expand next. `shape` [B, F] is their forest.
 
-    tokens_F: Tensor
-    hidden_FD: Tensor
+    `lengths_B` rows of every sequence stand before them in the draft's cache.
+    """
+
+    lengths_B: Tensor
+    tokens_BF: Tensor
+    hidden_BFD: Tensor
     shape: DeviceTree
 
-    def with_level(self, tokens_K: Tensor, hidden_KD: Tensor, parents_K: Tensor) -> "Frontier":
+    @classmethod
+    def empty(cls, committed: Committed, hidden_BD: Tensor) -> "Frontier":
+        none_B0 = committed.next_ids_BP[:, :0]
+        forest = DeviceTree(none_B0, none_B0, none_B0)
+        return cls(committed.lengths_B, none_B0, hidden_BD[:, None][:, :0], forest)
+
+    def with_level(self, tokens_BK: Tensor, hidden_BKD: Tensor, parents_BK: Tensor) -> "Frontier":
         """One level more, whose parents are rows of this frontier (-1: none)."""
-        old, first = self.shape, len(self.tokens_F)
-        own_K = torch.ones_like(tokens_K) << torch.arange(
-            first, first + len(tokens_K), device=tokens_K.device
-        )
-        has_parent = first > 0
-        words_K = own_K | old.words_N[parents_K] if has_parent else own_K
-        depths_K = old.depths_N[parents_K] + 1 if has_parent else torch.zeros_like(tokens_K)
+        old, first = self.shape, self.tokens_BF.shape[1]
+        rows_K = counting(first + tokens_BK.shape[1], tokens_BK.device)[first:]
+        words_BK = torch.ones_like(tokens_BK) << rows_K
+        depths_BK = torch.zeros_like(tokens_BK)
+        assert old.words_N is not None
+        if first > 0:
+            words_BK = words_BK | old.words_N.gather(1, parents_BK)
+            depths_BK = old.depths_N.gather(1, parents_BK) + 1
         shape = DeviceTree(
-            torch.cat((old.parents_N, parents_K)),
-            torch.cat((old.depths_N, depths_K)),
-            torch.cat((old.words_N, words_K)),
+            torch.cat((old.parents_N, parents_BK), dim=1),
+            torch.cat((old.depths_N, depths_BK), dim=1),
+            torch.cat((old.words_N, words_BK), dim=1),
         )
         return Frontier(
-            torch.cat((self.tokens_F, tokens_K)), torch.cat((self.hidden_FD, hidden_KD)), shape
+            self.lengths_B,
+            torch.cat((self.tokens_BF, tokens_BK), dim=1),
+            torch.cat((self.hidden_BFD, hidden_BKD), dim=1),
+            shape,
         )
 
 
-class TreeDrafter:
-    """What both shapes share: the draft, its cache, and the state behind the committed rows."""
+class TreeDrafter(CachedDrafter):
+    """What both shapes share: running a frontier, and when to stop."""
 
-    def __init__(
-        self,
-        draft: Eagle3Llama4ForCausalLM,
-        max_length: int,
-        tap_layers: tuple[int, ...],
-        kv_cache_dtype: KVCacheDtype,
-        goes_on: GoesOn | None = None,
-    ) -> None:
-        self.draft = draft
-        self.goes_on = goes_on
-        self.tap_layers = tap_layers
-        self.cache = draft.allocate_cache(max_length, kv_cache_dtype=kv_cache_dtype)
-        self._last: DraftOutput | None = None
+    def _is_last(self, level: int, num_levels: int, scores_BK: Tensor) -> bool:
+        return level == num_levels or (self.goes_on is not None and not self.goes_on(scores_BK))
 
-    def observe(
-        self,
-        aux_hidden_states: Sequence[Tensor],
-        next_ids_T: Tensor,
-        images: ImageFeatures | None = None,
-    ) -> None:
-        """As `ChainDrafter.observe`."""
-        hidden_TD = self.draft.combine_hidden_states(aux_hidden_states)
-        embeds_TD = self.draft.merged_embeddings(next_ids_T, self.cache.lengths[0], images)
-        step = self.cache.causal_step(len(next_ids_T))
-        output = self.draft(next_ids_T, hidden_TD, step, embeds_TD)
-        self.cache.commit(0, range(len(next_ids_T)))
-        self._last = DraftOutput(output.post_norm_TD[-1:], output.next_hidden_TD[-1:])
+    def _run(self, frontier: Frontier, last: int) -> DraftOutput:
+        """States [B * last, D] of the last rows of every sequence."""
+        sequences, rows = frontier.tokens_BF.shape
+        step = device_step(self.cache, frontier.lengths_B, frontier.shape)
+        output = self.draft(frontier.tokens_BF.reshape(-1), frontier.hidden_BFD.flatten(0, 1), step)
 
-    def _is_last(self, level: int, num_levels: int, scores_K: Tensor) -> bool:
-        return level == num_levels or (self.goes_on is not None and not self.goes_on(scores_K))
+        def of_last(x_TD: Tensor) -> Tensor:
+            return x_TD.view(sequences, rows, -1)[:, rows - last :].flatten(0, 1)
 
-    def _begin(self) -> tuple[DraftOutput, Frontier]:
-        assert self._last is not None, "observe comes first"
-        hidden_0D = self._last.next_hidden_TD[:0]
-        nothing = torch.empty(0, dtype=torch.int64, device=hidden_0D.device)
-        return self._last, Frontier(nothing, hidden_0D, DeviceTree(nothing, nothing, nothing))
-
-    def _run(self, frontier: Frontier) -> DraftOutput:
-        step = self.cache.tree_step(frontier.shape)
-        return self.draft(frontier.tokens_F, frontier.hidden_FD, step)
+        return DraftOutput(of_last(output.post_norm_TD), of_last(output.next_hidden_TD))
 
 
 class DynamicTreeDrafter(TreeDrafter):
-    """EAGLE-2's trees of `num_nodes` nodes, `topk` children to an expanded node."""
+    """EAGLE-2's trees of `num_nodes` nodes and `num_levels` levels, `topk` children to a node."""
 
-    def __init__(self, num_nodes: int, topk: int, *draft_and_cache) -> None:
+    def __init__(self, num_nodes: int, num_levels: int, topk: int, *draft_and_cache) -> None:
         super().__init__(*draft_and_cache)
-        self.num_nodes, self.topk = num_nodes, topk
+        self.num_nodes, self.num_levels, self.topk = num_nodes, num_levels, topk
 
-    def propose(self, num_tokens: int) -> DraftTree:
-        """A tree of at most `num_tokens` levels."""
-        output, frontier = self._begin()
-        if num_tokens == 0:
-            return chain(frontier.tokens_F)
-        k, device = self.topk, frontier.tokens_F.device
-        expanded_K, rows_K = torch.full((1,), -1, device=device), None
-        path_score_K = torch.zeros(1, device=device)
+    def propose(self, committed: Committed) -> DraftTree:
+        output = self._catch_up(committed)
+        frontier = Frontier.empty(committed, output.next_hidden_TD)
+        k, sequences = self.topk, len(committed.lengths_B)
+        expanded_BK = torch.full_like(committed.next_ids_BP[:, :1], -1)
+        path_score_BK = torch.zeros_like(expanded_BK, dtype=torch.float32)
         tokens, scores, parents, sizes = [], [], [], []
-        for level in range(1, num_tokens + 1):
-            top = self.draft.top_tokens(output.post_norm_TD[-len(expanded_K) :], k)
-            score = path_score_K[:, None] + top.logprobs_TA.clamp(max=0).nan_to_num(-torch.inf)
-            tokens.append(top.ids_TA.flatten())
-            scores.append(score.flatten())
-            parents.append(expanded_K.repeat_interleave(k))
-            sizes.append(len(tokens[-1]))
-            if self._is_last(level, num_tokens, scores[-1]):
+        for level in range(1, self.num_levels + 1):
+            top = self.draft.top_tokens(output.post_norm_TD, k)
+            logprobs_BKA = top.logprobs_TA.clamp(max=0).nan_to_num(-torch.inf)
+            score_BKA = path_score_BK[:, :, None] + logprobs_BKA.view(sequences, -1, k)
+            tokens.append(top.ids_TA.view(sequences, -1))
+            scores.append(score_BKA.flatten(1))
+            parents.append(expanded_BK.repeat_interleave(k, dim=1))
+            sizes.append(tokens[-1].shape[1])
+            if self._is_last(level, self.num_levels, scores[-1]):
                 break
-            best_K = scores[-1].sort(descending=True, stable=True).indices[:k]
-            hidden_KD = output.next_hidden_TD[-len(expanded_K) :][best_K // k]
-            rows_K = best_K // k + len(frontier.tokens_F) - len(expanded_K)
+            best_BK = scores[-1].sort(dim=1, descending=True, stable=True).indices[:, :k]
             frontier = frontier.with_level(
-                tokens[-1][best_K], hidden_KD, rows_K if level > 1 else torch.full_like(best_K, -1)
+                tokens[-1].gather(1, best_BK),
+                _picked(output.next_hidden_TD, best_BK // k),
+                self._rows(frontier, best_BK // k, expanded_BK.shape[1]),
             )
-            expanded_K, path_score_K = best_K + sum(sizes[:-1]), scores[-1][best_K]
-            output = self._run(frontier)
-        levels = [torch.full((size,), i, device=device) for i, size in enumerate(sizes, start=1)]
-        pool = (torch.cat(part) for part in (tokens, scores, parents, levels))
-        return best_nodes(*pool, count=self.num_nodes, depth=len(sizes))
+            expanded_BK = best_BK + sum(sizes[:-1])
+            path_score_BK = scores[-1].gather(1, best_BK)
+            output = self._run(frontier, best_BK.shape[1])
+        tokens_BM, scores_BM, parents_BM = (torch.cat(x, dim=1) for x in (tokens, scores, parents))
+        levels_BM = _numbers_of(tuple(sizes), tokens_BM.device).expand(sequences, -1)
+        count, depth = self.num_nodes, len(sizes)
+        return best_nodes(tokens_BM, scores_BM, parents_BM, levels_BM, count, depth)
+
+    @staticmethod
+    def _rows(frontier: Frontier, parents_BK: Tensor, num_expanded: int) -> Tensor:
+        """Of parents among the nodes expanded last; none before the first level."""
+        rows = frontier.tokens_BF.shape[1]
+        return parents_BK + (rows - num_expanded) if rows else torch.full_like(parents_BK, -1)
+
+
+def _numbers_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """1 as often as `sizes[0]` says, 2 as often as `sizes[1]` says, and so on."""
+    parts = [torch.full((size,), i, device=device) for i, size in enumerate(sizes, start=1)]
+    return torch.cat(parts)
+
+
+def _picked(x_TD: Tensor, parents_BK: Tensor) -> Tensor:
+    """[B, K, D], rows of `x_TD` [B * E, D] by their number within their sequence."""
+    sequences = len(parents_BK)
+    x_BED = x_TD.view(sequences, -1, x_TD.shape[-1])
+    if sequences == 1:
+        return x_BED[:, parents_BK[0]]
+    return x_BED.gather(1, parents_BK[:, :, None].expand(-1, -1, x_TD.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -163,30 +174,33 @@ class StaticTreeDrafter(TreeDrafter):
             self._levels.append(_Level(parent_K, rank_K, max(ranks) + 1, expanded_K))
             expanded = [nodes[i] for i in numbers]
 
-    def propose(self, num_tokens: int) -> DraftTree:
-        """The shape's first `num_tokens` levels."""
-        output, frontier = self._begin()
-        tokens, score_K = [frontier.tokens_F], torch.zeros(1, device=frontier.tokens_F.device)
-        scores = [score_K[:0]]
-        num_expanded, depth = 1, 0
-        for level in self._levels[:num_tokens]:
-            depth += 1
-            top = self.draft.top_tokens(output.post_norm_TD[-num_expanded:], level.width)
-            tokens.append(top.ids_TA[level.parent_K, level.rank_K])
-            score_K = score_K[level.parent_K] + top.logprobs_TA[level.parent_K, level.rank_K]
-            scores.append(score_K)
-            if self._is_last(depth, min(num_tokens, len(self._levels)), score_K):
+    def propose(self, committed: Committed) -> DraftTree:
+        output = self._catch_up(committed)
+        frontier = Frontier.empty(committed, output.next_hidden_TD)
+        sequences, score_BK = (
+            len(committed.lengths_B),
+            torch.zeros_like(committed.next_ids_BP[:, :1], dtype=torch.float32),
+        )
+        tokens, scores = [], []
+        for number, level in enumerate(self._levels, start=1):
+            top = self.draft.top_tokens(output.post_norm_TD, level.width)
+            ids_BKA = top.ids_TA.view(sequences, -1, level.width)
+            logprobs_BKA = top.logprobs_TA.view(ids_BKA.shape)
+            tokens.append(ids_BKA[:, level.parent_K, level.rank_K])
+            score_BK = score_BK[:, level.parent_K] + logprobs_BKA[:, level.parent_K, level.rank_K]
+            scores.append(score_BK)
+            if self._is_last(number, len(self._levels), score_BK):
                 break
             parent_K = level.parent_K[level.expanded_K]
-            rows_K = parent_K + len(frontier.tokens_F) - num_expanded
-            hidden_KD = output.next_hidden_TD[-num_expanded:][parent_K]
+            num_rows, num_expanded = frontier.tokens_BF.shape[1], ids_BKA.shape[1]
+            rows_K = parent_K + (num_rows - num_expanded) if num_rows else parent_K - parent_K - 1
             frontier = frontier.with_level(
-                tokens[-1][level.expanded_K],
-                hidden_KD,
-                rows_K if depth > 1 else torch.full_like(rows_K, -1),
+                tokens[-1][:, level.expanded_K],
+                output.next_hidden_TD.view(sequences, num_expanded, -1)[:, parent_K],
+                rows_K.expand(sequences, -1),
             )
-            num_expanded, score_K = len(parent_K), score_K[level.expanded_K]
-            output = self._run(frontier)
-        tokens_N = torch.cat(tokens)
-        shape = Tree(tuple(self._parents[: len(tokens_N) + 1]))
-        return DraftTree(tokens_N, shape, depth, torch.cat(scores))
+            score_BK = score_BK[:, level.expanded_K]
+            output = self._run(frontier, len(parent_K))
+        tokens_BN = torch.cat(tokens, dim=1)
+        parents = tuple(self._parents[: tokens_BN.shape[1] + 1])
+        return fixed_tree(tokens_BN, parents, torch.cat(scores, dim=1))

@@ -8,7 +8,8 @@ overwrites it.
               length .. length+n-1  rows of the running step, in row order (a tree's rows too)
 
 Layers of full attention share one page table per sequence, chunked layers another, whose pages are
-used again once no row can see them (`kv_plan`).
+used again once no row can see them (`kv_plan`). The methods here know all lengths on the host; the
+steps of a decoding loop, whose lengths stay on the device, are in `device_steps`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.cache_commit import cache_commit, cache_commit_ref
 from aerie.kernels.stream_launch import FP8
 from aerie.kernels.tree_attention import MAX_TREE_ROWS, TreeRows
-from aerie.llama4.kv_plan import plan_pools
+from aerie.llama4.kv_plan import PAGE_SIZE, pages_in_pool, plan_pools
 from aerie.llama4.kv_pool import KVPool
 from aerie.llama4.kv_scales import KVScales
 
@@ -59,11 +60,14 @@ class Tree:
 
 @dataclass(frozen=True, eq=False)
 class DeviceTree:
-    """A `Tree` drawn up on the device, int64: so that a drafted shape need not be read."""
+    """A `Tree` drawn up on the device, int64: so that a drafted shape need not be read.
+
+    [N] for all sequences alike, or [B, N], of each its own.
+    """
 
     parents_N: Tensor
     depths_N: Tensor
-    words_N: Tensor  # ancestors, as `Tree.ancestor_words`
+    words_N: Tensor | None  # ancestors, as `Tree.ancestor_words`; None: a chain
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,10 @@ class LayerKV:
 class PagedKVCache:
     """Keys and values of all layers; `lengths[b]` slots of sequence b are committed.
 
-    Pages are allotted at construction (`max_length` slots per sequence) and never move. A chunked
-    layer keeps the chunk that the committed length lies in and the rows of one step: it is allotted
-    no more, if that is less (`layers[i].pool` then differs between chunked and other layers).
+    Pages are allotted at construction (`max_length` slots per sequence), or by `admit` from a pool
+    of `num_pages`, and never move. A chunked layer keeps the chunk that the committed length lies
+    in and the rows of one step: it is allotted no more, if that is less (`layers[i].pool` then
+    differs between chunked and other layers).
     """
 
     def __init__(
@@ -122,13 +127,15 @@ class PagedKVCache:
         kv_scales: Sequence[KVScales] | None = None,
         max_step_rows: int = MAX_STEP_ROWS,
         num_sequences: int = 1,
-        page_size: int = 64,
+        num_pages: int | None = None,
+        page_size: int = PAGE_SIZE,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         backend: ResolvedBackend = "eager",
     ) -> None:
         """`chunk_sizes` and `kv_scales` have an entry per layer: a chunk size of None, as no list
         means, is full attention. `dtype` float8_e4m3fn keeps codes; their scales are 1 by default.
+        With `num_pages` (of the layers that keep most) sequences have no pages before `admit`.
 
         Raises ValueError where the memory does not suffice.
         """
@@ -137,7 +144,17 @@ class PagedKVCache:
         assert len(chunk_sizes) == len(kv_scales) == num_layers
         plans = plan_pools(chunk_sizes, max_length, page_size, max_step_rows)
         row_shape = (page_size, num_kv_heads, head_dim)
-        self.pools = [KVPool(plan, num_sequences, row_shape, dtype, device) for plan in plans]
+        self.pools = [
+            KVPool(
+                plan,
+                num_sequences,
+                pages_in_pool(plan, num_sequences, num_pages),
+                row_shape,
+                dtype,
+                device,
+            )
+            for plan in plans
+        ]
         self.layers = _layers(self.pools, kv_scales)
         self.lengths = [0] * num_sequences
         self.max_length = max_length
@@ -145,7 +162,31 @@ class PagedKVCache:
         self._rings = [pool for pool in self.pools if pool.plan.chunk_size is not None]
         self._step_rows = [0] * num_sequences  # what the last step appended
         self._device = self.pools[0].k_LRCGK.device
-        self._cache_commit = pick(backend, cache_commit, cache_commit_ref)
+        self.move_slots = pick(backend, cache_commit, cache_commit_ref)
+        if num_pages is None:
+            for sequence in range(num_sequences):
+                self.admit(sequence, max_length)
+
+    def has_room_for(self, num_slots: int) -> bool:
+        """Whether `admit` would find the pages."""
+        return all(pool.pages_for(num_slots) <= pool.num_free_pages for pool in self.pools)
+
+    def admit(self, sequence: int, num_slots: int) -> None:
+        """Allots all pages of an empty sequence that will need no more than `num_slots` slots."""
+        for pool in self.pools:
+            pool.allot(sequence, num_slots)
+
+    def release(self, sequence: int) -> None:
+        """Forgets a sequence; its pages are free."""
+        for pool in self.pools:
+            pool.release(sequence)
+        self.lengths[sequence] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Sequence `source` becomes number `target`, which had been released."""
+        for pool in self.pools:
+            pool.move(source, target)
+        self.lengths[target], self.lengths[source] = self.lengths[source], 0
 
     def causal_step(self, *counts: int) -> Step:
         """A step of `counts[b]` consecutive rows of each sequence b: a prompt, a token, a chain."""
@@ -153,27 +194,19 @@ class PagedKVCache:
         positions = [range(n, n + new) for n, new in zip(lengths, counts, strict=True)]
         return self._step(counts, self._integers(chain.from_iterable(positions)), positions, None)
 
-    def tree_step(self, *trees: Tree | DeviceTree) -> Step:
+    def tree_step(self, *trees: Tree) -> Step:
         """A step of one tree per sequence, at most 64 rows each; positions go by depth.
 
         Several rows without a parent are a forest, as a draft's first level is.
         """
-        counts = tuple(
-            len(tree.parents if isinstance(tree, Tree) else tree.parents_N) for tree in trees
-        )
+        counts = tuple(len(tree.parents) for tree in trees)
         if max(counts) > MAX_TREE_ROWS:
             raise ValueError(f"trees: at most {MAX_TREE_ROWS} rows per sequence, got {max(counts)}")
         lengths = self._reserve(counts)
         slots = [range(n, n + new) for n, new in zip(lengths, counts, strict=True)]
-        positions, words = [], []
-        for length, tree in zip(lengths, trees, strict=True):
-            if isinstance(tree, Tree):
-                positions.append(self._integers(length + depth for depth in tree.depths()))
-                words.append(self._integers(tree.ancestor_words()))
-            else:
-                positions.append(tree.depths_N + length)
-                words.append(tree.words_N)
-        return self._step(counts, _joined(positions), slots, _joined(words))
+        positions = [n + d for n, tree in zip(lengths, trees, strict=True) for d in tree.depths()]
+        words = self._integers(word for tree in trees for word in tree.ancestor_words())
+        return self._step(counts, self._integers(positions), slots, words)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the rows `path` (ascending, from the root) of the last step; forgets the others."""
@@ -186,7 +219,7 @@ class PagedKVCache:
             sources, targets = [length + row for row in path], range(length, length + len(path))
             for pool in self.pools:
                 slots = (pool.slots(sequence, logical) for logical in (sources, targets))
-                self._cache_commit(pool.k_LRCGK, pool.v_LRCGK, *map(self._integers, slots))
+                self.move_slots(pool.k_LRCGK, pool.v_LRCGK, *map(self._integers, slots))
         self.lengths[sequence] = length + len(path)
         self._step_rows[sequence] = 0
 
@@ -252,10 +285,6 @@ class PagedKVCache:
 
     def _integers(self, values: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self._device)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _layers(pools: Sequence[KVPool], kv_scales: Sequence[KVScales]) -> list[LayerKV]:

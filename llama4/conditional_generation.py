@@ -17,6 +17,7 @@ from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
 from aerie.llama4.checkpoint import Progress
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.image_features import ImageFeatures, merge_multimodal_embeddings
+from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM, Llama4Output
 from aerie.llama4.multimodal_config import MultimodalConfig
@@ -174,7 +175,7 @@ class Llama4ForConditionalGeneration(nn.Module):
         self,
         max_length: int,
         num_sequences: int = 1,
-        page_size: int = 64,
+        page_size: int = PAGE_SIZE,
         max_step_rows: int = MAX_STEP_ROWS,
         kv_cache_dtype: KVCacheDtype = "auto",
     ) -> PagedKVCache:

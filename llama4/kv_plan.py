@@ -17,6 +17,8 @@ Letters: R pages of a sequence in the pool, C tokens per page.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+PAGE_SIZE = 64  # of the caches that models allocate unless told otherwise
+
 
 @dataclass(frozen=True)
 class PoolPlan:
@@ -56,6 +58,15 @@ def plan_pools(
         for chunk_size, layers in layers_of.items()
     ]
     return tuple(sorted(plans, key=lambda plan: plan.chunk_size is not None))
+
+
+def pages_in_pool(plan: PoolPlan, num_sequences: int, num_pages: int | None) -> int:
+    """Pages of a pool that `num_sequences` share, where the largest pool has `num_pages`.
+
+    None: all that they can need. A sequence needs no more pages in a ring than in the full pool.
+    """
+    most = num_sequences * plan.num_pages
+    return most if num_pages is None else min(most, num_pages)
 
 
 def _ring(chunk_size: int, page_size: int, max_step_rows: int) -> int:

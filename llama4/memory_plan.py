@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from aerie.llama4.attention_config import AttentionSpec
 from aerie.llama4.cache import MAX_STEP_ROWS
 from aerie.llama4.checkpoint import assign, planned_tensors
-from aerie.llama4.kv_plan import plan_pools
+from aerie.llama4.kv_plan import PAGE_SIZE, plan_pools
 from aerie.llama4.live_memory import LiveMemory
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.tensor_groups import NAMES, group_of
-
-PAGE_SIZE = 64  # of the caches that models allocate unless told otherwise
 
 
 @dataclass(frozen=True)

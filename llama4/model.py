@@ -26,6 +26,7 @@ from aerie.llama4.communicator import Communicator, communicator_of, shard_of
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.fp8_layout import hold_fp8, take_kv_scales
 from aerie.llama4.hub import resolve_folder
+from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.mlp import MLP
 from aerie.llama4.moe import MoE
@@ -285,13 +286,15 @@ class Llama4ForCausalLM(Module):
         self,
         max_length: int,
         num_sequences: int = 1,
-        page_size: int = 64,
+        page_size: int = PAGE_SIZE,
         max_step_rows: int = MAX_STEP_ROWS,
         kv_cache_dtype: KVCacheDtype = "auto",
+        num_pages: int | None = None,
     ) -> PagedKVCache:
         """A cache for this model's layers, dtype and device; `max_step_rows` rows fit in a step.
 
-        `kv_cache_dtype` "fp8" stores e4m3 codes, with the layers' `kv_scales`.
+        `kv_cache_dtype` "fp8" stores e4m3 codes, with the layers' `kv_scales`. Without `num_pages`
+        every sequence has its pages from the start (`PagedKVCache`).
         """
         config, weight = self.config, self.lm_head.weight
         attentions = [layer.self_attn for layer in self.model.layers]
@@ -304,6 +307,7 @@ class Llama4ForCausalLM(Module):
             kv_scales=[attention.kv_scales for attention in attentions],
             max_step_rows=max_step_rows,
             num_sequences=num_sequences,
+            num_pages=num_pages,
             page_size=page_size,
             dtype=cache_dtype(kv_cache_dtype, self.dtype),
             device=weight.device,

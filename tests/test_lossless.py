@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from aerie.eagle3.batch import Committed
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Decoding, Generation, generate
 from aerie.eagle3.tree import DraftTree, chain
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.model import Llama4ForCausalLM
 
@@ -82,28 +84,33 @@ def random_draft(seed: int, target: Llama4ForCausalLM) -> Eagle3Llama4ForCausalL
 
 @dataclass
 class ScriptedDrafter:
-    """Proposes the known continuation, each token right with probability `right`."""
+    """Proposes `num_tokens` of the known continuation, each right with probability `right`."""
 
     plain: list[int]
     right: float
+    num_tokens: int
     choose: random.Random = field(default_factory=lambda: random.Random(0))
     known: int = 0
     tap_layers: tuple[int, ...] = ()
+    cache: PagedKVCache | None = None
 
-    def observe(self, aux_hidden_states, next_ids_T, images=None) -> None:
-        # of the prompt's rows only the last one is followed by a generated token
-        self.known += len(next_ids_T) if self.known else 1
+    def prefill(self, prompt, taps_TD) -> None:
+        """A script needs no prompt."""
 
-    def propose(self, num_tokens: int) -> DraftTree:
-        truth = self.plain[self.known : self.known + num_tokens]
-        truth += [0] * (num_tokens - len(truth))
+    def propose(self, committed: Committed) -> DraftTree:
+        self.known += int(committed.counts_B[0])  # the prompt's last row first
+        return self.continued()
+
+    def continued(self) -> DraftTree:
+        truth = self.plain[self.known : self.known + self.num_tokens]
+        truth += [0] * (self.num_tokens - len(truth))
         shifts = [0 if self.choose.random() < self.right else 1 for _ in truth]
         wrong = [(token + shift) % VOCAB for token, shift in zip(truth, shifts, strict=True)]
-        return chain(torch.tensor(wrong, dtype=torch.int64))
+        return chain(torch.tensor([wrong]))
 
 
 def scripted(target, prompt, plain: list[int], right: float, k: int, **options) -> Generation:
-    drafter = ScriptedDrafter(plain, right)
+    drafter = ScriptedDrafter(plain, right, k)
     decoding = Decoding(
         target, prompt, num_speculative_tokens=k, drafter=drafter, **{"eos_token_ids": ()} | options
     )
@@ -191,7 +198,7 @@ def test_token_limit_inside_an_accepted_run(count):
 
 @pytest.mark.parametrize("left", range(1, 9))
 def test_runs_up_to_the_last_position_of_the_context(left):
-    """Drafts shorten where the bonus token would not fit; both ways fill the context exactly."""
+    """Drafts reach beyond the last position, and the text fills the context exactly."""
     target = random_target(5)
     prompt = [7] * (CONTEXT - left)
     plain = generate(target, prompt, 100, eos_token_ids=())
@@ -205,7 +212,7 @@ def test_runs_up_to_the_last_position_of_the_context(left):
 def test_bursts_are_the_accepted_runs():
     target, prompt = random_target(6), random_prompt(6)
     plain = generate(target, prompt, 13, eos_token_ids=())
-    drafter = ScriptedDrafter(plain.tokens, 1.0)
+    drafter = ScriptedDrafter(plain.tokens, 1.0, 3)
     decoding = Decoding(target, prompt, 13, None, 3, (), drafter)
     assert [len(burst) for burst in decoding] == [1, 4, 4, 4]
 
@@ -213,13 +220,14 @@ def test_bursts_are_the_accepted_runs():
 @pytest.mark.parametrize("seed", range(3))
 def test_recycled_pages_of_chunked_layers(seed, monkeypatch):
     """128 slots for 16 chunks: plain and drafted ids are those of one pass that keeps all rows."""
-    monkeypatch.setattr("aerie.eagle3.generate.PREFILL_ROWS", 8)
+    for module in ("engine", "generate"):
+        monkeypatch.setattr(f"aerie.eagle3.{module}.PREFILL_ROWS", 8)
     target, prompt = random_target(seed, context=300), random_prompt(seed)
     prompt = [7 * i % VOCAB for i in range(150)] + prompt
     plain = generate(target, prompt, 80, eos_token_ids=())
-    drafter = ScriptedDrafter(plain.tokens, 0.7)
+    drafter = ScriptedDrafter(plain.tokens, 0.7, 5)
     decoding = Decoding(target, prompt, 80, None, 5, (), drafter)
-    full, ring = decoding.verifier.cache.pools
+    full, ring = decoding.passes.caches[0].pools
     assert ring.plan.num_pages == 2 < full.plan.num_pages
     assert [token for burst in decoding for token in burst] == plain.tokens
     speculative = generate(target, prompt, 80, random_draft(seed, target), 3, eos_token_ids=())

@@ -7,19 +7,22 @@ written down node by node, each path run alone; shapes and keys that must be ref
 """
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from aerie.eagle3.batch import Committed
 from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.generate import Decoding, generate
 from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
-from aerie.eagle3.tree import DraftTree
+from aerie.eagle3.tree import DraftTree, fixed_tree
 from aerie.eagle3.width import RoundCosts
-from aerie.llama4.cache import DeviceTree, Tree
+from aerie.llama4.cache import Tree
+from aerie.llama4.device_steps import chain_shape, device_step
 from tests.test_lossless import (
     CHUNK,
     CONTEXT,
@@ -81,18 +84,15 @@ class ScriptedTrees(ScriptedDrafter):
 
     paths = ((0,), (1,), (2,), (1, 0), (2, 0), (2, 1), (2, 1, 0))
 
-    def propose(self, num_tokens: int) -> DraftTree:
-        paths = [path for path in self.paths if len(path) <= num_tokens]
-        rows = {path: row for row, path in enumerate([(), *paths])}
+    def continued(self) -> DraftTree:
+        rows = {path: row for row, path in enumerate([(), *self.paths])}
         tokens = []
-        for path in paths:
+        for path in self.paths:
             at = self.known + len(path) - 1
             truth = self.plain[at] if at < len(self.plain) else 0
             is_true = path == (2, 1, 0)[: len(path)]
             tokens.append(truth if is_true else (truth + 1 + path[-1]) % VOCAB)
-        shape = Tree((-1, *(rows[path[:-1]] for path in paths)))
-        depth = max(map(len, paths), default=0)
-        return DraftTree(torch.tensor(tokens, dtype=torch.int64), shape, depth)
+        return fixed_tree(torch.tensor([tokens]), (-1, *(rows[path[:-1]] for path in self.paths)))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -101,7 +101,7 @@ def test_oracle_tree_is_accepted_to_its_depth(temperature):
     target, prompt = random_target(3, num_hidden_layers=4), random_prompt(CHUNK)
     params = SamplingParams(temperature, seed=1)
     plain = generate(target, prompt, 21, eos_token_ids=(), sampling=params)
-    drafter = ScriptedTrees(plain.tokens, 1.0)
+    drafter = ScriptedTrees(plain.tokens, 1.0, 7)
     decoding = Decoding(target, prompt, 21, None, 7, (), drafter, sampling=params,
                         policy=StaticTree(ScriptedTrees.paths))  # fmt: skip
     bursts = list(decoding)
@@ -123,31 +123,42 @@ def test_trees_up_to_the_last_position_of_the_context(policy):
         assert len(result.tokens) == left
 
 
-def observed(policy: Policy, seed: int) -> Any:
-    """A drafter that has seen a prompt and its first token."""
+@dataclass(frozen=True)
+class Observed:
+    """A drafter, and the prompt and first token that it is to draft behind."""
+
+    drafter: Any
+    committed: Committed
+
+    def propose(self) -> DraftTree:
+        return self.drafter.propose(self.committed)
+
+    def continuations(self, path, k) -> list[tuple[int, float]]:
+        """The k likeliest tokens behind `path`, run alone as a chain, with log-probabilities."""
+        draft, lengths = self.drafter.draft, self.committed.lengths_B
+        output = self.drafter._catch_up(self.committed)
+        for depth, token in enumerate(path):
+            shape = chain_shape(1, lengths.device)
+            step = device_step(self.drafter.cache, lengths + depth, shape)
+            output = draft(torch.tensor([token]), output.next_hidden_TD, step)
+        top = draft.top_tokens(output.post_norm_TD, k)
+        return list(zip(top.ids_TA[0].tolist(), top.logprobs_TA[0].tolist(), strict=True))
+
+
+def observed(policy: Policy, seed: int) -> Observed:
     target = random_target(seed, num_hidden_layers=4)
     draft = random_draft(seed, target)
     decoding = Decoding(target, [3, 1, 4, 1, 5, 9, 2, 6], 8, draft, policy=policy)
+    next(iter(decoding))
+    passes = decoding.passes
+    passes.join(0, decoding._decoded.request)  # again: closing the iterator freed the row
     with torch.inference_mode():
-        first = decoding._prefill()
-        decoding.drafter.observe(first.aux_hidden_states, torch.tensor(first.next_ids))
-    return decoding.drafter
-
-
-def continuations(drafter, path, k) -> list[tuple[int, float]]:
-    """The k likeliest tokens behind `path`, run alone as a chain, with log-probabilities."""
-    output, committed = drafter._last, drafter.cache.lengths[0]
-    for token in path:
-        step = drafter.cache.causal_step(1)
-        output = drafter.draft(torch.tensor([token]), output.next_hidden_TD[-1:], step)
-        drafter.cache.commit(0, [0])
-    drafter.cache.rollback(0, committed)
-    top = drafter.draft.top_tokens(output.post_norm_TD[-1:], k)
-    return list(zip(top.ids_TA[0].tolist(), top.logprobs_TA[0].tolist(), strict=True))
+        passes.prefill(0, decoding._decoded.request, 0, 8)
+    return Observed(passes.drafter, passes.batch.committed(1))
 
 
 def paths_of(tree: DraftTree) -> list[tuple[int, ...]]:
-    parents, tokens = tree.parents().tolist(), [None, *tree.tokens_N.tolist()]
+    parents, tokens = tree.shape.parents_N.view(-1).tolist(), [None, *tree.tokens_BN[0].tolist()]
     paths: list[tuple[int, ...]] = [()]
     for row in range(1, len(tokens)):
         paths.append((*paths[parents[row]], tokens[row]))
@@ -159,53 +170,53 @@ def test_dynamic_tree_is_eagle_2(seed):
     policy = DynamicTree(12, 3, 4)
     drafter = observed(policy, seed)
     with torch.inference_mode():
-        tree = drafter.propose(4)
+        tree = drafter.propose()
         pool, frontier = {}, {(): 0.0}
         for _ in range(4):
             level = {
                 (*path, token): score + logprob
                 for path, score in frontier.items()
-                for token, logprob in continuations(drafter, path, 3)
+                for token, logprob in drafter.continuations(path, 3)
             }
             pool |= level
             frontier = dict(sorted(level.items(), key=lambda item: -item[1])[:3])
     best = sorted(pool, key=lambda path: -pool[path])[:12]
     assert set(paths_of(tree)) == set(best)
-    assert isinstance(tree.shape, DeviceTree)
-    assert tree.shape.depths_N.tolist() == [0, *map(len, paths_of(tree))]
-    words = Tree(tuple(tree.parents().tolist())).ancestor_words()
-    assert tree.shape.words_N.tolist() == words
+    assert tree.shape.depths_N.tolist() == [[0, *map(len, paths_of(tree))]]
+    words = Tree(tuple(tree.shape.parents_N[0].tolist())).ancestor_words()
+    assert tree.shape.words_N is not None
+    assert tree.shape.words_N.tolist() == [words]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_static_tree_has_its_ranks(seed):
     drafter = observed(StaticTree(BINARY), seed)
     with torch.inference_mode():
-        found = dict(zip(BINARY, paths_of(drafter.propose(3)), strict=True))
+        found = dict(zip(BINARY, paths_of(drafter.propose()), strict=True))
         for path in BINARY:
             begun = found[path[:-1]] if path[:-1] else ()
-            assert found[path][-1] == continuations(drafter, begun, 3)[path[-1]][0]
+            assert found[path][-1] == drafter.continuations(begun, 3)[path[-1]][0]
 
 
 @pytest.mark.parametrize("policy", [StaticTree(BINARY), DynamicTree(12, 3, 4)], ids=str)
 def test_scores_are_the_log_probabilities_of_the_paths(policy):
     drafter = observed(policy, 2)
     with torch.inference_mode():
-        tree = drafter.propose(4)
+        tree = drafter.propose()
         known = {
-            path: dict(continuations(drafter, path, 16))
+            path: dict(drafter.continuations(path, 16))
             for path in {path[:-1] for path in paths_of(tree)}
         }
     expected = [sum(known[path[:i]][path[i]] for i in range(len(path))) for path in paths_of(tree)]
-    torch.testing.assert_close(tree.scores_N, torch.tensor(expected))
+    torch.testing.assert_close(tree.scores_BN, torch.tensor([expected]))
 
 
 def test_a_chain_is_a_static_tree():
     chain, line = Chain(4), StaticTree([(0,) * depth for depth in range(1, 5)])
     with torch.inference_mode():
-        drafted, expected = observed(chain, 2).propose(4), observed(line, 2).propose(4)
-    assert drafted.tokens_N.tolist() == expected.tokens_N.tolist()
-    torch.testing.assert_close(drafted.scores_N, expected.scores_N)
+        drafted, expected = observed(chain, 2).propose(), observed(line, 2).propose()
+    assert drafted.tokens_BN.tolist() == expected.tokens_BN.tolist()
+    torch.testing.assert_close(drafted.scores_BN, expected.scores_BN)
 
 
 def test_confidence_stops_drafting():
@@ -213,7 +224,7 @@ def test_confidence_stops_drafting():
     for policy in (Chain(6, 0.999), StaticTree(BINARY, 0.999), DynamicTree(12, 3, 4, 0.999)):
         drafter = observed(policy, 1)
         with torch.inference_mode():
-            assert drafter.propose(4).depth == 1, policy
+            assert drafter.propose().depth == 1, policy
 
 
 def test_policies_from_the_speculative_config():

@@ -173,7 +173,7 @@ def test_acceptance_is_that_of_generation(target, tokenizer):
         length = text.prompt_length - 1 + start  # a round whose root is the token at `length`
         run = Decoding(target, text.ids[:length], 8, draft, 3, eos_token_ids=())
         root, first_round, *_ = run
-        assert root == [text.ids[length]]
+        assert list(root) == [text.ids[length]]
         assert measured.hits_NP[start].cumprod(0).sum() == len(first_round) - 1
 
 

@@ -68,7 +68,7 @@ def random_params(choose: random.Random) -> SamplingParams:
 
 def scripted(target, prompt, plain, right: float, k: int, params, **options) -> Decoding:
     """A finished decoding with drafts that are right with probability `right`."""
-    drafter = ScriptedDrafter(plain, right)
+    drafter = ScriptedDrafter(plain, right, k)
     options = {"eos_token_ids": ()} | options
     decoding = Decoding(target, prompt, num_speculative_tokens=k, drafter=drafter, **options,
                         sampling=params)  # fmt: skip
@@ -218,8 +218,8 @@ def test_noise_by_row_would_show(monkeypatch):
     plain = generate(target, prompt, 20, eos_token_ids=(), sampling=params).tokens
     honest = Sampler._drawn
 
-    def by_row(self, logits_TV, positions_T):
-        return honest(self, logits_TV, torch.arange(len(logits_TV)))
+    def by_row(self, logits_TV, positions_T, *sequences):
+        return honest(self, logits_TV, torch.arange(len(logits_TV)), *sequences)
 
     monkeypatch.setattr(Sampler, "_drawn", by_row)
     wrong_plain = generate(target, prompt, 20, eos_token_ids=(), sampling=params).tokens
@@ -244,9 +244,9 @@ def test_noise_is_that_of_the_position_of_the_drawn_token(monkeypatch):
     target, prompt = random_target(3, num_hidden_layers=4), [5, 6, 7]
     honest, seen = Sampler._drawn, []
 
-    def spy(self, logits_TV, positions_T):
+    def spy(self, logits_TV, positions_T, *sequences):
         seen.append(positions_T.tolist())
-        return honest(self, logits_TV, positions_T)
+        return honest(self, logits_TV, positions_T, *sequences)
 
     monkeypatch.setattr(Sampler, "_drawn", spy)
     params = SamplingParams(1.0, seed=1)

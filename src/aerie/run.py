@@ -16,6 +16,7 @@ from aerie.eagle3.ends import FinishReason
 from aerie.eagle3.generate import Decoding, Generation, generate
 from aerie.eagle3.registry import load_draft
 from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.sequences import Burst
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.stats import Stats
 from aerie.images import read_image
@@ -223,16 +224,16 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         stats=decoding.stats,
         plain_tokens=plain and plain.tokens,
         plain_stats=plain and plain.stats,
-        seed=decoding.sampler.seed if not sampling.is_greedy else None,
+        seed=None if sampling.is_greedy else decoding.seed,
         distinct_experts=counts and counts.read(),
     )
 
 
 def _show(
-    stream: TextStream, bursts: Iterable[list[int]], on_text: Callable[[str], None] | None
+    stream: TextStream, bursts: Iterable[Burst], on_text: Callable[[str], None] | None
 ) -> None:
     for burst in bursts:
-        text = stream.add(burst)
+        text = stream.add(burst.tokens)
         if on_text is not None and text:
             on_text(text)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerie.eagle3.batch import Committed
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import ChainDrafter
 from aerie.kernels.backend import Backend
@@ -149,32 +150,43 @@ def test_triton_backend_matches(kind, make_pair, assert_close):
     check_levels(make_pair(kind, backend="triton", length=5), 2, assert_close)
 
 
+def committed(pair: Pair, rows: slice, width: int | None = None) -> Committed:
+    """Rows that a pass of the target committed; further columns are garbage."""
+    count = rows.stop - rows.start
+    width = count if width is None else width
+    next_ids = torch.full((1, width), 95)
+    next_ids[0, :count] = pair.next_ids[rows]
+    taps = [torch.full((1, width, tap.shape[1]), 1e3) for tap in pair.aux]
+    for garbage, tap in zip(taps, pair.aux, strict=True):
+        garbage[0, :count] = tap[rows]
+    columns = (torch.tensor([number]) for number in (rows.start, count, rows.stop))
+    return Committed(*columns, next_ids, tuple(taps))
+
+
 @pytest.mark.parametrize("case", CHAIN_CASES)
 def test_chains_match_over_rounds(case, make_pair):
     """Each round commits what the target accepted (1 to 4 rows) and drafts again."""
     kind, changes = CASES[case]
     pair = make_pair(kind, length=24, **changes)
-    drafter, chain = ChainDrafter(pair.ours, 40), pair.chain
+    cache, chain = pair.ours.allocate_cache(40), pair.chain
     start = 0
-    for count, drafted in ((9, 4), (1, 4), (4, 6), (2, 0), (3, 1), (1, 3), (4, 5)):
+    for count, drafted in ((9, 4), (1, 4), (4, 6), (2, 2), (3, 1), (1, 3), (4, 5)):
         rows = slice(start, start + count)
-        drafter.observe([tap[rows] for tap in pair.aux], pair.next_ids[rows])
         chain.observe([tap[rows] for tap in pair.expected_aux], pair.next_ids[rows])
         expected = [token for _, _, token in chain.levels(drafted)]
-        assert drafter.propose(drafted).tokens_N.tolist() == expected
+        drafter = ChainDrafter(drafted, pair.ours, cache)
+        assert drafter.propose(committed(pair, rows)).tokens_BN.tolist() == [expected]
         start += count
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama4"])
 def test_guessed_rows_are_forgotten_and_rebuilt_from_true_features(kind, make_pair):
     pair = make_pair(kind)
-    drafter, fresh = ChainDrafter(pair.ours, 40), ChainDrafter(pair.ours, 40)
-    for rows, committed in ((slice(0, 8), 8), (slice(8, 11), 11)):
-        drafter.observe([tap[rows] for tap in pair.aux], pair.next_ids[rows])
-        drafter.propose(6)
-        assert drafter.cache.lengths == [committed]
-    fresh.observe([tap[:11] for tap in pair.aux], pair.next_ids[:11])
-    fresh.propose(1)
+    drafters = [ChainDrafter(6, pair.ours, pair.ours.allocate_cache(40)) for _ in range(2)]
+    drafter, fresh = drafters
+    for rows in (slice(0, 8), slice(8, 11)):
+        drafter.propose(committed(pair, rows))
+    fresh.propose(committed(pair, slice(0, 11)))
     # slots 8..10 held guesses after the first round; one page holds all slots
     for ours, expected in (
         (drafter.cache.pools[0].k_LRCGK, fresh.cache.pools[0].k_LRCGK),
@@ -184,15 +196,16 @@ def test_guessed_rows_are_forgotten_and_rebuilt_from_true_features(kind, make_pa
 
 
 def test_rows_of_no_committed_position_are_never_read(make_pair):
+    """Neither slots behind the committed rows nor columns behind the accepted count."""
     pair = make_pair("llama4")
-    drafter, chain = ChainDrafter(pair.ours, 40), pair.chain
+    drafter, chain = ChainDrafter(4, pair.ours, pair.ours.allocate_cache(40)), pair.chain
     for rows in (slice(0, 8), slice(8, 11)):
         drafter.cache.pools[0].k_LRCGK[:, :, rows.start :] = torch.nan
         drafter.cache.pools[0].v_LRCGK[:, :, rows.start :] = torch.nan
-        drafter.observe([tap[rows] for tap in pair.aux], pair.next_ids[rows])
         chain.observe([tap[rows] for tap in pair.expected_aux], pair.next_ids[rows])
         expected = [token for _, _, token in chain.levels(4)]
-        assert drafter.propose(4).tokens_N.tolist() == expected
+        proposed = drafter.propose(committed(pair, rows, width=9))
+        assert proposed.tokens_BN.tolist() == [expected]
 
 
 @pytest.mark.parametrize("depth", [7, 8, 13])

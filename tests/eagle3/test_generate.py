@@ -88,7 +88,8 @@ def test_taps_of_another_draft_would_show(target, make_draft):
     taps = make_draft(target, **OTHER_TAPS).tap_layers(target)
     wrong = []
     for prompt in PROMPTS:
-        drafter = ChainDrafter(draft, len(prompt) + COUNT + 3, taps)
+        cache = draft.allocate_cache(len(prompt) + COUNT + 3, num_pages=1)
+        drafter = ChainDrafter(2, draft, cache, taps)
         decoding = Decoding(target, prompt, COUNT, None, 2, (), drafter)
         list(decoding)
         wrong.append(decoding.stats.accepted_at)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from aerie.eagle3.batch import Committed
 from aerie.eagle3.cost_aware import CostAware, CostAwareDrafter
 from aerie.eagle3.cost_measurement import measured_costs
 from aerie.eagle3.speculation import SpeculativeConfig
-from aerie.eagle3.tree import DraftTree, best_part, chain
+from aerie.eagle3.tree import DraftTree, best_part, chain, fixed_tree
 from aerie.eagle3.width import Experience, RoundCosts, worth_deepening, worth_verifying
 from aerie.llama4.cache import Tree
 from tests.test_lossless import random_draft, random_target
@@ -104,24 +105,27 @@ def tree(seed: int) -> DraftTree:
     for row in range(1, 20):
         parents.append(choose.randrange(row))
         scores.append(scores[parents[-1]] - choose.choice([0.0, 0.5, 1.0, 2.0]))
-    shape = Tree(tuple(parents))
-    return DraftTree(torch.arange(100, 119), shape, max(shape.depths()), torch.tensor(scores[1:]))
+    return fixed_tree(torch.arange(100, 119)[None], tuple(parents), torch.tensor([scores[1:]]))
+
+
+def parents_of(tree: DraftTree) -> list[int]:
+    return tree.shape.parents_N.view(-1).tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_best_part_keeps_ancestors_and_the_best(seed):
     whole = tree(seed)
-    assert whole.scores_N is not None
-    parents = whole.parents().tolist()
+    assert whole.scores_BN is not None
+    parents = parents_of(whole)
     for count in range(20):
         part = best_part(whole, count, whole.depth)
-        kept = [token - 99 for token in part.tokens_N.tolist()]
+        kept = [token - 99 for token in part.tokens_BN[0].tolist()]
         assert all(parents[row] in (0, *kept) for row in kept)
         dropped = [row for row in range(1, 20) if row not in kept]
-        score = whole.scores_N.tolist()
+        score = whole.scores_BN[0].tolist()
         worst = min((score[row - 1] for row in kept), default=0.0)
         assert all(score[row - 1] <= worst for row in dropped)
-        above = part.parents().tolist()[1:]
+        above = parents_of(part)[1:]
         assert [([0, *kept])[parent] for parent in above] == [parents[row] for row in kept]
 
 
@@ -129,60 +133,88 @@ class Guesses:
     """An inner drafter of given scores, asked as a real one is."""
 
     tap_layers = ()
+    cache = None
 
     def __init__(self, goes_on, scores: list[float]) -> None:
-        self.goes_on, self.scores, self.drafted = goes_on, torch.tensor(scores), []
+        self.goes_on, self.scores, self.drafted = goes_on, torch.tensor([scores]), []
 
-    def observe(self, aux_hidden_states, next_ids_T, images=None) -> None:
-        pass
-
-    def propose(self, num_tokens: int) -> DraftTree:
-        depth = 1
-        while depth < num_tokens and self.goes_on(self.scores[depth - 1 : depth]):
+    def propose(self, committed: Committed) -> DraftTree:
+        depth, sequences = 1, len(committed.lengths_B)
+        scores = self.scores.expand(sequences, -1)
+        while depth < scores.shape[1] and self.goes_on(scores[:, depth - 1 : depth]):
             depth += 1
         self.drafted.append(depth)
-        depth = min(depth, num_tokens)
-        return chain(torch.arange(depth), self.scores[:depth])
+        return chain(torch.arange(depth).expand(sequences, -1), scores[:, :depth])
+
+
+def behind(start: int, *counts: int) -> Committed:
+    """Sequences that have just committed `counts` rows from `start` on."""
+    counts_B = torch.tensor(counts)
+    starts_B = torch.full_like(counts_B, start)
+    return Committed(starts_B, counts_B, starts_B + counts_B, counts_B[:, None], ())
 
 
 def drafting(scores: list[float], costs: RoundCosts) -> Any:
-    drafter = CostAwareDrafter(lambda goes_on: Guesses(goes_on, scores), costs)
-    drafter.observe((), torch.tensor([1, 2, 3]))  # a prompt is no round
-    return drafter
+    return CostAwareDrafter(lambda goes_on: Guesses(goes_on, scores), costs, len(scores))
+
+
+def width(drafter, committed: Committed) -> int:
+    return drafter.propose(committed).tokens_BN.shape[1]
 
 
 def test_a_sure_draft_goes_deep_and_an_unsure_one_is_not_verified():
     costs = RoundCosts({rows: 4.0 + rows for rows in range(1, 65)}, 0.3)
     sure = drafting([-0.01 * i for i in range(1, 9)], costs)
     unsure = drafting([-6.0 * i for i in range(1, 9)], RoundCosts({1: 1.0, 9: 9.0}, 0.5))
-    assert len(sure.propose(8).tokens_N) == sure.inner.drafted[0] == 8
-    assert len(unsure.propose(8).tokens_N) == 0
+    assert width(sure, behind(0, 1)) == sure.inner.drafted[0] == 8
+    assert width(unsure, behind(0, 1)) == 0
     assert unsure.inner.drafted == [1]
-    assert len(sure.propose(0).tokens_N) == 0
 
 
 def test_a_draft_that_keeps_failing_is_verified_less():
     gentle = RoundCosts({rows: 4.0 + 0.3 * rows for rows in range(1, 10)}, 0.1)
     drafter = drafting([-0.3 * i for i in range(1, 9)], gentle)
-    first = len(drafter.propose(8).tokens_N)
-    for _ in range(60):
-        drafter.propose(8)
-        drafter.observe((), torch.tensor([5]))  # nothing accepted
-    assert len(drafter.propose(8).tokens_N) < first / 2
+    first = width(drafter, behind(0, 1))
+    for start in range(1, 62):  # nothing accepted
+        last = width(drafter, behind(start, 1))
+    assert last < first / 2
+
+
+def test_rounds_of_other_sequences_teach_nothing():
+    """A row whose start is not where the last round stood is another sequence's."""
+    drafter = drafting([-0.3 * i for i in range(1, 9)], LINEAR)
+    drafter.propose(behind(0, 1))
+    rate = drafter.experience.rate
+    drafter.propose(behind(40, 1))
+    assert drafter.experience.rate == rate
+    drafter.propose(behind(41, 1))
+    assert drafter.experience.rate != rate
+
+
+def test_a_batch_shares_a_width_and_has_its_own_experience():
+    costs = RoundCosts({rows: 4.0 + 0.2 * rows for rows in range(1, 65)}, 0.1)
+    drafter = drafting([-0.3 * i for i in range(1, 9)], costs)
+    alone = drafter.propose(behind(0, 1)), drafter.experience
+    together = drafter.propose(behind(0, 1, 1, 1)), drafter.experience
+    assert alone[1] is not together[1]
+    assert together[0].tokens_BN.shape[0] == 3
+    assert 1 <= together[0].tokens_BN.shape[1] <= 8
+    beyond = drafting([-6.0] * 8, RoundCosts({1: 1.0, 9: 9.0}))
+    assert width(beyond, behind(0, *[1] * 10)) == 8
 
 
 def test_nan_scores_are_worth_nothing():
     """... and are sorted on the host as on the device, so that a kept node has its ancestors."""
-    assert len(drafting([float("nan")] * 8, LINEAR).propose(8).tokens_N) == 0
-    whole, free = tree(3), RoundCosts({1: 1.0, 9: 1.0})
-    assert whole.scores_N is not None
-    scores_N = whole.scores_N.clone()
-    scores_N[::4] = torch.nan
-    drafter = drafting([], free)
-    drafter.inner.propose = lambda _: replace(whole, scores_N=scores_N)
-    part = drafter.propose(9)
-    assert len(part.tokens_N) == 8
-    assert max(Tree(tuple(part.parents().tolist())).depths()) <= part.depth
+    assert width(drafting([float("nan")] * 8, LINEAR), behind(0, 1)) == 0
+    whole, free = tree(3), RoundCosts({1: 1.0, 9: 1.0, 64: 1e9})
+    assert whole.scores_BN is not None
+    scores_BN = whole.scores_BN.clone()
+    scores_BN[:, ::4] = torch.nan
+    drafter = drafting([0.0] * 9, free)
+    drafter.inner.propose = lambda _: replace(whole, scores_BN=scores_BN)
+    part = drafter.propose(behind(0, 1))
+    assert part.tokens_BN.shape[1] == 8
+    assert max(Tree(tuple(parents_of(part))).depths()) <= part.depth
 
 
 @pytest.mark.parametrize("num_rows", [1, 9, 63])

@@ -1,0 +1,96 @@
+"""Steps of a decoding loop: every sequence has as many rows, its length is known to the device.
+
+Nothing here reads the device, and the shapes depend on the counts alone: so a round of the loop can
+be captured in a CUDA graph, and the host need not know what the round before has accepted. Rows
+that turn out to be none, behind those accepted, are overwritten by the next step.
+
+Letters: B sequences of the step, N rows of each.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from aerie.kernels.tree_rows import TreeRows
+from aerie.llama4.cache import DeviceTree, PagedKVCache, Placement, Step, Tree
+from aerie.llama4.kv_pool import rows_of
+
+
+def device_step(
+    cache: PagedKVCache, lengths_B: Tensor, shape: DeviceTree, first_sequence: int = 0
+) -> Step:
+    """A step of the rows `shape` behind `lengths_B` (int64), of B sequences from the first on.
+
+    A sequence without pages writes nothing and reads what it pleases.
+    """
+    (sequences,), rows = lengths_B.shape, shape.depths_N.shape[-1]
+    slots_BN = lengths_B[:, None] + counting(rows, lengths_B.device)
+    is_chain = shape.words_N is None
+    positions_BN = slots_BN if is_chain else lengths_B[:, None] + shape.depths_N
+    pool = cache.pools[0]
+    tree_rows = TreeRows(
+        positions_T=positions_BN.view(-1),
+        row_starts_B1=_row_starts(sequences, rows, lengths_B.device),
+        prefix_lengths_B=lengths_B.int(),
+        page_table_BM=rows_of(pool.page_table_BM, first_sequence, sequences),
+        ancestors_T=None if shape.words_N is None else per_row(shape.words_N, sequences),
+        max_rows=rows,
+    )
+    placements = []
+    for pool in cache.pools:
+        slots_T = rows_of(pool.slots_BS, first_sequence, sequences).gather(1, slots_BN).view(-1)
+        if placements:
+            table_BM = rows_of(pool.page_table_BM, first_sequence, sequences)
+            tree_rows = replace(tree_rows, page_table_BM=table_BM)
+        placements.append(Placement(tree_rows, slots_T))
+    return Step(tuple(placements), cache)
+
+
+def commit_paths(cache: PagedKVCache, lengths_B: Tensor, path_BP: Tensor) -> None:
+    """Moves the rows `path_BP` (ascending; -1: none) of the last step to the front, in place."""
+    sequences, rows = path_BP.shape
+    targets_BP = lengths_B[:, None] + counting(rows, lengths_B.device)
+    sources_BP = lengths_B[:, None] + path_BP.clamp(min=0)
+    for pool in cache.pools:
+        slots_BS = rows_of(pool.slots_BS, 0, sequences)
+        source_BP = slots_BS.gather(1, sources_BP).masked_fill_(path_BP < 0, -1)
+        target_BP = slots_BS.gather(1, targets_BP)
+        cache.move_slots(pool.k_LRCGK, pool.v_LRCGK, source_BP.view(-1), target_BP.view(-1))
+
+
+def per_row(values_N: Tensor, sequences: int) -> Tensor:
+    """[N], shared by all sequences, or [B, N], as [B * N]."""
+    if values_N.ndim == 1 and sequences > 1:
+        values_N = values_N.expand(sequences, -1)
+    return values_N.reshape(-1)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def chain_shape(rows: int, device: torch.device) -> DeviceTree:
+    """`rows` rows, each the child of the one before; built once."""
+    depths_N = torch.arange(rows, device=device)
+    return DeviceTree(depths_N - 1, depths_N, None)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def device_shape(tree: Tree, device: torch.device) -> DeviceTree:
+    """`tree` on the device, built once."""
+    columns = tree.parents, tree.depths(), tree.ancestor_words()
+    return DeviceTree(*(torch.tensor(column, device=device).long() for column in columns))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def counting(count: int, device: torch.device) -> Tensor:
+    """0 .. count - 1, built once."""
+    return torch.arange(count, device=device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _row_starts(sequences: int, rows: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (sequences + 1) * rows, rows, dtype=torch.int32, device=device)
