@@ -40,6 +40,7 @@ class CostAware:
             lambda stop: self.policy.drafter(draft, cache, tap_layers, stop),
             self.costs,
             self.depth,
+            self.num_rows,
             goes_on,
         )
 
@@ -57,10 +58,13 @@ class CostAwareDrafter:
     """Drafts for the sequences of a batch, equally many nodes for each; learns from the committed
     rows it is told of, and by itself for every size of batch."""
 
-    def __init__(self, build, costs: RoundCosts, depth: int, goes_on: GoesOn | None = None) -> None:
-        """`build` makes the inner drafter, of at most `depth` levels, of a `GoesOn`."""
+    def __init__(
+        self, build, costs: RoundCosts, depth: int, num_rows: int, goes_on: GoesOn | None = None
+    ) -> None:
+        """`build` makes the inner drafter of a `GoesOn`, of `depth` levels and `num_rows` nodes."""
         self.inner: Drafter = build(self._goes_on)
-        self.tap_layers, self.costs, self.depth = self.inner.tap_layers, costs, depth
+        self.tap_layers, self.costs = self.inner.tap_layers, costs
+        self.depth, self.num_rows = depth, num_rows
         self.experience = Experience(costs)
         self._also = goes_on
         self._experiences = {1: self.experience}
@@ -81,15 +85,13 @@ class CostAwareDrafter:
         """
         sequences = len(committed.lengths_B)
         self._learn(committed)
-        self.experience = (
-            self._experiences.setdefault(sequences, Experience(self.costs, sequences))
-            if sequences <= self.costs.sizes[-1]
-            else self.experience
-        )
+        self._is_covered = sequences == 1 or sequences * (1 + self.num_rows) <= self.costs.sizes[-1]
+        if self._is_covered:
+            known = self._experiences
+            self.experience = known.setdefault(sequences, Experience(self.costs, sequences))
         self._levels, self._num_sequences = [], sequences
         tree = self.inner.propose(committed)
-        num_nodes = tree.tokens_BN.shape[1]
-        if num_nodes == 0 or self._is_beyond_the_table(num_nodes):
+        if tree.tokens_BN.shape[1] == 0 or not self._is_covered:
             return tree
         assert tree.scores_BN is not None
         scores_BN = tree.scores_BN.nan_to_num(-torch.inf)
@@ -120,14 +122,11 @@ class CostAwareDrafter:
             accepted = int(committed.counts_B.sum()) - len(last.lengths)
             self.experience.observe(last.verified, last.best_of_levels, accepted)
 
-    def _is_beyond_the_table(self, num_nodes: int) -> bool:
-        return self._num_sequences * (1 + num_nodes) > self.costs.sizes[-1]
-
     def _goes_on(self, scores_BK: Tensor) -> bool:
         experience = self.experience
         self._levels.append(scores_BK.flatten().exp().nan_to_num(0.0).tolist())
         gains = [[experience.gain(p) for p in level] for level in self._levels]
-        is_worth = self._num_sequences > self.costs.sizes[-1] or worth_deepening(
+        is_worth = not self._is_covered or worth_deepening(
             [gain for level in gains for gain in level],
             gains[-1],
             self.depth - len(gains),
