@@ -117,6 +117,7 @@ class Engine:
         elapsed = 1e3 * (time.perf_counter() - start)
         for decoded in present:
             decoded.stats.total_ms += elapsed
+            decoded.stats.end_round()
         return bursts
 
     def cancel(self, decoded: Decoded) -> None:
