@@ -38,7 +38,7 @@ from aerie.kernels.experts_rows import quantized_rows
 from aerie.kernels.quantize import Quantized, dequantized, quantize_ref
 from aerie.kernels.router import Routing
 from aerie.kernels.stream_launch import read_ahead
-from aerie.kernels.swiglu import swiglu_ref
+from aerie.kernels.swiglu import swiglu_halves_ref
 
 
 def experts_ref(
@@ -53,7 +53,9 @@ def experts_ref(
     """The formula above in PyTorch; the rows of one expert are multiplied together."""
     choices = routing.ids_TA.shape[1]
     ids = [e - first_expert for e in routing.ids_TA.flatten().tolist()]
-    rows, scores_P1 = x_TD, routing.scores_TA.reshape(-1, 1)
+    rows, scores_P1 = x_TD, routing.scores_TA
+    if choices > 1:
+        scores_P1 = scores_P1.reshape(-1, 1)
     is_dynamic = gate_up.is_fp8 and gate_up.input_scale is None
     if is_dynamic:
         rows = dequantized(quantized or quantize_ref(x_TD, gate_up.is_blocked))
@@ -76,10 +78,11 @@ def _routed_ref(
     down: ExpertMatrix,
 ) -> Tensor:
     """Every pair through its expert. Sorted by expert, so that only the products are separate."""
-    if len(set(ids)) == 1 and 0 <= ids[0] < len(gate_up.weight):
+    num_experts = gate_up.weight.shape[0]
+    if len(set(ids)) == 1 and 0 <= ids[0] < num_experts:
         product = _first_product(rows_PD, gate_up, ids[0])
         return _second_product(_activated(product, factor_P1), down, ids[0])
-    here = [pair for pair, e in enumerate(ids) if 0 <= e < len(gate_up.weight)]
+    here = [pair for pair, e in enumerate(ids) if 0 <= e < num_experts]
     routed = torch.zeros_like(widened(rows_PD) if gate_up.is_fp8 else rows_PD)
     if not here:
         return routed
@@ -107,14 +110,15 @@ def _second_product(inner: Tensor, down: ExpertMatrix, expert: int) -> Tensor:
 
 
 def _times(rows: Tensor, matrix: ExpertMatrix, expert: int) -> Tensor:
-    weight = matrix.rows_of(expert)
-    if not matrix.is_fp8:
-        read_ahead(weight)
+    if matrix.is_fp8:
+        return F.linear(rows, matrix.rows_of(expert))
+    weight = matrix.weight[expert]
+    read_ahead(weight)
     return F.linear(rows, weight)
 
 
 def _activated(product: Tensor, factor: Tensor | None) -> Tensor:
-    return swiglu_ref(*(product if factor is None else product * factor).chunk(2, dim=-1))
+    return swiglu_halves_ref(product if factor is None else product * factor)
 
 
 def static_scale(matrix: ExpertMatrix, expert: int) -> Tensor | None:
