@@ -30,6 +30,7 @@ GPU_CASES = [(1, 1), (4, 4), (8, 6), (8, 8), (16, 10), (32, 14), (64, 16), (8192
 CASES = GPU_CASES if ON_GPU else [(1, 1), (8, 4)]
 PROVIDERS = {"triton": experts, "eager": experts_ref}
 ROUNDS = 7
+LEAST_RATIO = 8  # of transformers' dense loop to the eager experts
 
 
 def make_matrix(outputs: int, inputs: int, scales: str, device, dtype) -> ExpertMatrix:
@@ -55,6 +56,17 @@ def bench_experts(provider, rows, distinct, scales, measure, device, dtype):
     size = 3 * distinct * D * F * gate_up.weight.element_size()
     work = Work(bytes=size + moved, flops=6 * rows * D * F)
     measure(provider, work, PROVIDERS[provider], x, routing, gate_up, down, shared)
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the eager backend on a CPU")
+def bench_dense_loop(benchmark, environment):
+    """One row, 16 experts, float32: the chosen expert against transformers' loop over all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    measured = benchmark.pedantic(against_dense, rounds=1)
+    torch.set_num_threads(threads)
+    benchmark.extra_info |= environment | measured
+    assert measured["experts_ratio"] >= LEAST_RATIO, measured
 
 
 def cpu_seconds(call: Callable[[], Tensor]) -> float:
