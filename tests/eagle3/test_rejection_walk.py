@@ -48,12 +48,11 @@ def joint(p_logits: Tensor, q_logits: Tensor, children, *, told=1.0, greedy=Fals
     depths, ranks, contexts_BN = [0] * rows, [0] * rows, tokens_BN.clone()
     probs_BNV = torch.zeros(COUNT, rows, V)
     for row, nodes in enumerate(children):
-        if nodes:
-            behind_BV = q_logits[contexts_BN[:, row]]
-            positions_B = torch.full((COUNT,), ROOT + depths[row] + 1)
-            heat_B = torch.full((COUNT,), 0.0 if greedy else 1.0)
-            siblings = drawn_siblings(behind_BV, heat_B, seeds_B, positions_B, len(nodes))
-            probs_BNV[:, row] = (behind_BV / told).softmax(-1)
+        behind_BV = q_logits[contexts_BN[:, row]]
+        positions_B = torch.full((COUNT,), ROOT + depths[row] + 1)
+        heat_B = torch.full((COUNT,), 0.0 if greedy else 1.0)
+        siblings = drawn_siblings(behind_BV, heat_B, seeds_B, positions_B, len(nodes))
+        probs_BNV[:, row] = (behind_BV / told).softmax(-1)
         for rank, node in enumerate(nodes):
             tokens_BN[:, node] = siblings.ids_RK[:, rank]
             contexts_BN[:, node] = 1 + tokens_BN[:, node]
