@@ -133,7 +133,7 @@ def test_the_text_part_loads_alone(folder, ours):
 def test_supports_eagle3_through_the_language_model(ours):
     assert isinstance(ours, SupportsEagle3)
     assert isinstance(ours.get_language_model(), Llama4ForCausalLM)
-    assert ours.get_eagle3_aux_hidden_state_layers() == (2, 3, 3)
+    assert ours.get_eagle3_aux_hidden_state_layers() == (2, 4, 5)
     ours.set_aux_hidden_state_layers((1, 2))
     ids = torch.tensor(TEXT)
     taps = ours(ids, ours.allocate_cache(12).causal_step(12)).aux_hidden_states

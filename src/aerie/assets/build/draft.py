@@ -59,10 +59,11 @@ class Draft(nn.Module):
 
     kept_U: Tensor
 
-    def __init__(self, kept_U: Tensor | None = None) -> None:
-        """`kept_U` is missing only where a state that holds it will be loaded."""
+    def __init__(self, kept_U: Tensor | None = None, shape: DraftShape | None = None) -> None:
+        """`kept_U` is missing only where a state that holds it will be loaded; `shape` None is the
+        embedded draft's."""
         super().__init__()
-        shape = DraftShape()
+        shape = shape or DraftShape()
         if kept_U is None:
             kept_U = torch.zeros(shape.draft_vocab_size, dtype=torch.int64)
         self.shape = shape

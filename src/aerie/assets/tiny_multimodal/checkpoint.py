@@ -36,7 +36,7 @@ TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 64,
     "intermediate_size_mlp": 128,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
