@@ -13,10 +13,11 @@ import torch
 from aerie.assets.tiny_multimodal.checkpoint import TOKENS, VISION, new_model, randomise, save
 from aerie.eagle3 import engine as loop
 from aerie.eagle3.drafter import ChainDrafter
-from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.generate import Decoding, Speculation, generate
 from aerie.eagle3.policies import Chain, DynamicTree, StaticTree
 from aerie.eagle3.reading import Reading
 from aerie.eagle3.registry import load_draft
+from aerie.eagle3.sequences import Request
 from aerie.llama4.conditional_generation import Llama4ForConditionalGeneration
 from aerie.llama4.image_features import ImageFeatures
 
@@ -154,6 +155,37 @@ def test_speculative_ids_equal_plain_ids(policy, draft_input, target, draft, mon
                 target, prompt, 24, ours, policy=policy, images=images, eos_token_ids=()
             )
             assert found.tokens == plain.tokens, f"{case}, prefill passes of {rows}"
+
+
+@pytest.mark.parametrize(("capacity", "draft_input"), [(2, "merged"), (2, "text"), (5, "merged")])
+def test_images_stay_with_their_sequence(capacity, draft_input, target, draft, monkeypatch):
+    """Side by side, in any order, joining late and ending early, beside texts without images.
+
+    Two prompts have the same ids and different pictures: what is known of one says nothing of the
+    other.
+    """
+    monkeypatch.setattr(loop, "PREFILL_ROWS", 6)
+    ours, model = draft(draft_input), target.get_language_model()
+    prompts = [TEXT, PROMPTS["middle"], PROMPTS["middle"], PROMPTS["two in a row"], TEXT[::-1]]
+    images = [images_of(target, prompt)[1] if IMAGE in prompt else None for prompt in prompts]
+    counts = [3, 14, 9, 12, 17]
+    alone = [
+        generate(target, prompt, count, images=image, eos_token_ids=()).tokens
+        for prompt, image, count in zip(prompts, images, counts, strict=True)
+    ]
+    assert alone[1][:9] != alone[2]
+    for order in ([0, 1, 2, 3, 4], [3, 2, 4, 1, 0]):
+        passes = Speculation(model, ours, Chain(3), capacity, 64)
+        engine = loop.Engine(passes, passes.lag)
+        requests = [
+            Request.checked(model, prompts[i], counts[i], eos_token_ids=(), images=images[i])
+            for i in order
+        ]
+        decoded = [engine.add(request) for request in requests]
+        with torch.inference_mode():
+            while engine.has_work:
+                engine.step()
+        assert [one.tokens for one in decoded] == [alone[i] for i in order]
 
 
 def test_greedy_ids_match_transformers(theirs, target):
