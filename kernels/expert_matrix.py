@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from aerie.kernels.backend import widened
-from aerie.kernels.quantize import FP8, GROUP
+from aerie.kernels.quantize import FP8, GROUP, Codes
 
 NEEDS_SCALE = "; raw codes have no scale of their own, pass the checkpoint's weight_scale"
 
@@ -43,6 +43,13 @@ class ExpertMatrix:
         if self.scale is None or self.scale.shape[1:].numel() == 1:
             return False
         return tuple(self.scale.shape) == block_shape(self.weight)
+
+    @property
+    def row_codes(self) -> Codes:
+        """How rows are quantised for all experts at once; a static scale takes them scaled."""
+        if not self.is_fp8 or self.input_scale is not None:
+            return "none"
+        return "group" if self.is_blocked else "row"
 
     def rows_of(self, expert: int) -> Tensor:
         """Weights [N, K] of one expert, dequantised in the precision of their scale."""

@@ -14,6 +14,7 @@ Letters: T rows, D width; N scales per row.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from torch import Tensor
 from aerie.kernels.backend import check_dtype, check_launchable, widened
 
 FP8 = torch.float8_e4m3fn
+Codes = Literal["none", "row", "group"]  # whether rows become codes, and what shares a scale
 GROUP = 128  # columns that share a scale, where rows have several
 MAX_WIDTH = 65536  # one program holds a row in registers
 LARGEST = 448.0

@@ -159,13 +159,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Raises ValueError on a shape, dtype or layout the kernel would read wrongly.
     """
-    _check(x_TD, weight_D)
+    check_norm(x_TD, weight_D)
     return _rms_norm_op(x_TD, weight_D, eps)
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> NormedResidual:
     """`rms_norm(x_TD + residual_TD)` and the sum itself, in one pass. Errors as `rms_norm`."""
-    _check(x_TD, weight_D)
+    check_norm(x_TD, weight_D)
     if residual_TD.shape != x_TD.shape or residual_TD.dtype != x_TD.dtype:
         raise ValueError(
             f"residual_TD: must match x_TD {tuple(x_TD.shape)} {x_TD.dtype}, "
@@ -174,7 +174,7 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     return NormedResidual(*_add_rms_norm_op(x_TD, residual_TD.contiguous(), weight_D, eps))
 
 
-def _check(x_TD: Tensor, weight_D: Tensor) -> None:
+def check_norm(x_TD: Tensor, weight_D: Tensor) -> None:
     if x_TD.ndim != 2 or x_TD.stride(-1) != 1:
         raise ValueError(
             f"x_TD: must be [T, D] with a contiguous last dimension, "
@@ -208,4 +208,8 @@ class RMSNorm(Module):
         """Norm of `x + residual` and the sum; with no residual yet, the sum is `x` itself."""
         if residual_TD is None:
             return NormedResidual(self(x_TD), x_TD)
-        return self._add_norm(x_TD, residual_TD, self._parameters["weight"], self.eps)
+        return self._add_norm(self.whole(x_TD), residual_TD, self._parameters["weight"], self.eps)
+
+    def whole(self, x_TD: Tensor) -> Tensor:
+        """The output of the block in front, which one rank of several has a summand of."""
+        return x_TD

@@ -42,7 +42,7 @@ def router_ref(logits_TE: Tensor, experts_per_token: int) -> Routing:
 
 
 @triton.jit
-def _rank(x, e, BLOCK_E: tl.constexpr):
+def logit_rank(x, e, BLOCK_E: tl.constexpr):
     """int64 keys, larger is better: NaN first, then float32 `x` by value, then the lowest id."""
     x = tl.where(x == 0.0, 0.0, x)  # -0.0 and 0.0 tie
     bits = x.to(tl.int32, bitcast=True)
@@ -70,7 +70,7 @@ def _router_kernel(
     row_ptr = logits_ptr + t * stride_lt
     logits = tl.load(row_ptr[:, None] + e[None, :], mask=in_tile, other=0.0).to(tl.float32)
     lowest = -0x8000000000000000
-    rank = tl.where(in_tile, _rank(logits, e[None, :], BLOCK_E), lowest)
+    rank = tl.where(in_tile, logit_rank(logits, e[None, :], BLOCK_E), lowest)
     for a in range(A):
         best = rank.max(axis=1)
         rank = tl.where(rank == best[:, None], lowest, rank)

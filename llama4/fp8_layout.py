@@ -11,6 +11,7 @@ from aerie.llama4.checkpoint import read_tensors
 from aerie.llama4.experts import Experts
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.kv_scales import KVScales
+from aerie.llama4.moe import MoE
 from aerie.llama4.packing import K_SCALES, KV_SCALES, V_SCALES, PackedModule, stored_name
 from aerie.llama4.quantization import Granularity, Group, Quantization
 from aerie.llama4.weight_quantization import BLOCK
@@ -36,6 +37,7 @@ def hold_fp8(model: nn.Module, quantization: Quantization) -> None:
                 parts = _parts_of(owner, leaf, child)
                 group = _common(quantization, [above + part for part in parts])
                 if group is not None:
+                    _check_is_no_router(owner, above + leaf, leaf)
                     _check_blocks(group, {above + part: rows for part, rows in parts.items()})
                     child.hold_fp8(_scale_shape(child, group.granularity))
 
@@ -90,6 +92,13 @@ def _common(quantization: Quantization, parts: list[str]) -> Group | None:
             f"quantised alike, got {shown}"
         )
     return groups[parts[0]]
+
+
+def _check_is_no_router(owner: nn.Module, name: str, leaf: str) -> None:
+    if isinstance(owner, MoE) and leaf == "router":
+        raise CheckpointError(
+            f"config key 'quantization_config': '{name}' must be ignored: routers stay unquantised"
+        )
 
 
 def _check_blocks(group: Group, parts: Mapping[str, int]) -> None:

@@ -85,8 +85,12 @@ class DecoderLayer(Module):
 
     def forward(self, entry: NormedResidual, rotation: Rotation, step: Step) -> LayerOutput:
         attended_TD = self.self_attn(entry.normed_TD, rotation, step)
-        middle = self.post_attention_layernorm.add(attended_TD, entry.residual_TD)
-        return LayerOutput(self.feed_forward(middle.normed_TD), middle.residual_TD)
+        norm, block = self.post_attention_layernorm, self.feed_forward
+        if isinstance(block, MoE):
+            middle = block.enter(attended_TD, entry.residual_TD, norm)
+            return LayerOutput(block(middle), middle.residual_TD)
+        middle = norm.add(attended_TD, entry.residual_TD)
+        return LayerOutput(block(middle.normed_TD), middle.residual_TD)
 
 
 class Llama4Model(Module):

@@ -12,7 +12,9 @@ from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.experts import experts, experts_ref
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
-from aerie.kernels.router import Routing, router, router_ref
+from aerie.kernels.moe_prologue import MoEEntry, moe_prologue, moe_prologue_ref
+from aerie.kernels.rms_norm import RMSNorm
+from aerie.kernels.router import Routing
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.experts import Experts
 from aerie.llama4.mlp import MLP
@@ -36,14 +38,30 @@ class MoE(Module):
         self.experts = Experts(config, backend, shard)
         inner_width = shard.width(config.intermediate_size)
         self.shared_expert = MLP(config.hidden_size, inner_width, backend)
-        self._router = pick(backend, router, router_ref)
+        self._prologue = pick(backend, moe_prologue, moe_prologue_ref)
         self._experts = pick(backend, experts, experts_ref)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        routing = self._router(self.router(x_TD), self.experts_per_token)
+    def enter(self, x_TD: Tensor, residual_TD: Tensor, norm: RMSNorm) -> MoEEntry:
+        """Behind attention: the sum with the stream, its norm, and where every row goes."""
+        gain, router = norm._parameters["weight"], self.router._parameters["weight"]
+        assert gain is not None
+        assert router is not None
+        codes = self.experts.gate_up.row_codes
+        entry = self._prologue(
+            norm.whole(x_TD), residual_TD, gain, norm.eps, router, self.experts_per_token, codes
+        )
         if self.on_routing is not None:
-            self.on_routing(routing)
-        weights, shared_TD = self.experts, self.shared_expert(x_TD)
+            self.on_routing(entry.routing)
+        return entry
+
+    def forward(self, entry: MoEEntry) -> Tensor:
+        weights, x_TD = self.experts, entry.normed_TD
         return self._experts(
-            x_TD, routing, weights.gate_up, weights.down, shared_TD, weights.first_expert
+            x_TD,
+            entry.routing,
+            weights.gate_up,
+            weights.down,
+            self.shared_expert(x_TD),
+            weights.first_expert,
+            entry.quantized,
         )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend
 from aerie.kernels.embedding import Embedding
-from aerie.kernels.rms_norm import NormedResidual, RMSNorm
+from aerie.kernels.rms_norm import RMSNorm
 from aerie.llama4.communicator import Communicator
 
 
@@ -21,10 +21,8 @@ class ReducedRMSNorm(RMSNorm):
         super().__init__(width, eps, backend)
         self._communicator = communicator
 
-    def add(self, x_TD: Tensor, residual_TD: Tensor | None) -> NormedResidual:
-        if residual_TD is not None:  # without one `x_TD` is the embedding, which is whole
-            x_TD = self._communicator.all_reduce(x_TD)
-        return super().add(x_TD, residual_TD)
+    def whole(self, x_TD: Tensor) -> Tensor:  # not called for the embedding, which is whole
+        return self._communicator.all_reduce(x_TD)
 
 
 def residual_norm(

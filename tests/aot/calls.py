@@ -24,6 +24,7 @@ from aerie.kernels import experts as _experts
 from aerie.kernels import gate_up as _gate_up
 from aerie.kernels import kv_append as _kv_append
 from aerie.kernels import linear as _linear
+from aerie.kernels import moe_prologue as _moe_prologue
 from aerie.kernels import qkv_projection as _qkv_projection
 from aerie.kernels import quantize as _quantize
 from aerie.kernels import rms_norm as _rms_norm
@@ -195,6 +196,15 @@ def linear(rows: int, kind: str) -> None:
     _linear.linear(x, matrix, None, scale(kind, D))
     if kind == "fp8":  # the K loop, where the scales of blocks are read, is that of all projections
         _linear.linear(x, matrix, None, torch.empty(D // 128, D // 128))
+
+
+@op(fp8=True)
+def moe_prologue(rows: int, kind: str) -> None:
+    x, gain = floats(kind, rows, D), floats(kind, D)
+    for experts in (E, 128):
+        router = floats(kind, experts, D)
+        for codes in ("row", "group") if kind == "fp8" else ("none",):
+            _moe_prologue.moe_prologue(x, x, gain, EPS, router, 1, codes)
 
 
 @op("_qkv_projection_kernel", fp8=True)

@@ -19,15 +19,15 @@ def test_counts_are_those_of_the_routing(monkeypatch):
     target(ids[:4], cache.causal_step(4))  # not counted
     sets: list[tuple[int, int]] = []
     for layer in moe_layers(target):
-        honest = layer._router
-        monkeypatch.setattr(
-            layer,
-            "_router",
-            lambda logits, k, honest=honest: (
-                sets.append((len(logits), len({*honest(logits, k).ids_TA.flatten().tolist()})))
-                or honest(logits, k)
-            ),
-        )
+        honest = layer._prologue
+
+        def prologue(*arguments, honest=honest):
+            entry = honest(*arguments)
+            ids = entry.routing.ids_TA
+            sets.append((len(ids), len({*ids.flatten().tolist()})))
+            return entry
+
+        monkeypatch.setattr(layer, "_prologue", prologue)
     with counted_experts(target) as counts:
         for rows in (1, 5, 5, 20):
             target(ids[:rows], cache.causal_step(rows))
