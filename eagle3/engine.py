@@ -53,12 +53,17 @@ class Report:
 class Passes(Protocol):
     """What the engine launches (`generate.Speculation`); rows are those of the batch."""
 
+    def prefill(self, row: int, request: Request, start: int, end: int) -> Report | None: ...
+    def round(self, sequences: int) -> Report: ...
+
+
+class Places(Protocol):
+    """Where sequences stand (`rows.Rows`)."""
+
     capacity: int
 
     def has_room_for(self, request: Request) -> bool: ...
     def join(self, row: int, request: Request) -> None: ...
-    def prefill(self, row: int, request: Request, start: int, end: int) -> Report | None: ...
-    def round(self, sequences: int) -> Report: ...
     def move(self, source: int, target: int) -> None: ...
     def leave(self, row: int) -> None: ...
 
@@ -85,11 +90,11 @@ class Readout:
 
 
 class Engine:
-    """Decodes requests in the order they came, at most `passes.capacity` at a time."""
+    """Decodes requests in the order they came, at most `places.capacity` at a time."""
 
-    def __init__(self, passes: Passes, lag: int) -> None:
+    def __init__(self, passes: Passes, places: Places, lag: int) -> None:
         """`lag` reports stay unread while the next pass is launched: 1 on a GPU, 0 elsewhere."""
-        self._passes, self._lag = passes, lag
+        self._passes, self._places, self._lag = passes, places, lag
         self._waiting: deque[Decoded] = deque()
         self._rows: list[Decoded] = []  # the running ones, then the one that is being read
         self._num_running = 0
@@ -146,12 +151,12 @@ class Engine:
 
     def _admit(self) -> bool:
         """Gives the next request a row and all its pages, if there are any."""
-        if not self._waiting or len(self._rows) == self._passes.capacity:
+        if not self._waiting or len(self._rows) == self._places.capacity:
             return False
-        if not self._passes.has_room_for(self._waiting[0].request):
+        if not self._places.has_room_for(self._waiting[0].request):
             return False
         decoded = self._waiting.popleft()
-        self._passes.join(len(self._rows), decoded.request)
+        self._places.join(len(self._rows), decoded.request)
         self._rows.append(decoded)
         return True
 
@@ -171,12 +176,12 @@ class Engine:
     def _leave(self, decoded: Decoded) -> None:
         """Frees the row: the last running one moves into it, and the one being read behind it."""
         row, last_running = self._rows.index(decoded), self._num_running - 1
-        self._passes.leave(row)
+        self._places.leave(row)
         if row <= last_running:
             self._num_running -= 1
         for source in (last_running, len(self._rows) - 1):
             if source > row:
-                self._passes.move(source, row)
+                self._places.move(source, row)
                 self._rows[row] = self._rows[source]
                 row = source
         self._rows.pop()

@@ -5,74 +5,37 @@ compared with differs from it in nothing else.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex, overload
 
 import torch
-from torch import Tensor
 
-from aerie.eagle3.batch import Batch
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.drafter import Drafter, NoDrafter, PromptRows
+from aerie.eagle3.drafter import Drafter, PromptRows
 from aerie.eagle3.ends import Detokenize, FinishReason
-from aerie.eagle3.engine import PREFILL_ROWS, Engine, Report
+from aerie.eagle3.engine import Engine, Report
 from aerie.eagle3.interface import Target
 from aerie.eagle3.policies import Chain, Policy
-from aerie.eagle3.sampler import Sampler
+from aerie.eagle3.rows import Pair, Rows
 from aerie.eagle3.sampling import SamplingParams
-from aerie.eagle3.sequences import Burst, Decoded, Request, check_draft_takes_images
+from aerie.eagle3.sequences import Decoded, Request, check_draft_takes_images
 from aerie.eagle3.stats import Stats
+from aerie.eagle3.streams import SingleStream, Stream
 from aerie.eagle3.verify import Verifier
-from aerie.kernels.tree_rows import MAX_TREE_ROWS
 from aerie.llama4.image_features import ImageFeatures
-from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype
-from aerie.llama4.model import Llama4ForCausalLM
+
+MAX_BATCH_SIZE = 8
 
 
 class Speculation:
-    """The passes of EAGLE-3 over a batch, whose state stays on the device."""
+    """The passes of EAGLE-3 over the sequences of a batch, whose state stays on the device."""
 
-    def __init__(
-        self,
-        target: Llama4ForCausalLM,
-        draft: Eagle3Llama4ForCausalLM | None,
-        policy: Policy,
-        capacity: int,
-        max_length: int,
-        kv_cache_dtype: KVCacheDtype = "auto",
-        drafter: Drafter | None = None,
-    ) -> None:
-        """Room for `capacity` sequences of `max_length` tokens; a `drafter` replaces the draft."""
-        if draft is not None and not draft.is_bound_to(target):
-            raise ValueError("draft: was loaded for another target; load it with this one")
-        self.capacity, self.policy, self.device = capacity, policy, target.lm_head.weight.device
-        self.lag = 1 if self.device.type == "cuda" else 0
-        depth = 0 if draft is None and drafter is None else policy.depth
-        num_rows = 0 if draft is None and drafter is None else policy.num_rows
-        # behind the last token: the rows of a round, and of one that was not needed
-        self._slack = num_rows + 1 + self.lag * (depth + 1)
-        slots, width = max_length + self._slack, target.config.hidden_size
-        num_pages = capacity * -(-slots // PAGE_SIZE)
-        cache = target.allocate_cache(
-            slots,
-            capacity,
-            max_step_rows=max(PREFILL_ROWS, MAX_TREE_ROWS),
-            kv_cache_dtype=kv_cache_dtype,
-            num_pages=num_pages,
-        )
-        if drafter is None and draft is not None:
-            draft_cache = draft.allocate_cache(
-                slots, capacity, kv_cache_dtype=kv_cache_dtype, num_pages=num_pages
-            )
-            drafter = policy.drafter(draft, draft_cache, draft.tap_layers(target))
-        self.drafter: Drafter = drafter or NoDrafter()
-        taps, vocab_size = self.drafter.tap_layers, target.config.vocab_size
-        self.batch = Batch(capacity, slots, depth + 1, len(taps), width, target.dtype, self.device)
-        sampler = Sampler(self.batch.ids_BS, vocab_size, target.backend, self.device)
-        self.verifier = Verifier(target, cache, self.batch, sampler, target.backend, taps)
-        own = self.drafter.cache
-        self.caches = [cache] if own is None else [cache, own]
+    def __init__(self, pair: Pair, rows: Rows) -> None:
+        self.rows, self.drafter, self.batch = rows, rows.drafter, rows.batch
+        backend, taps = pair.target.backend, rows.drafter.tap_layers
+        self.verifier = Verifier(pair.target, rows.cache, rows.batch, rows.sampler, backend, taps)
 
     def round(self, sequences: int) -> Report:
         """One round of the first `sequences` of the batch; nothing in it asks the host."""
@@ -96,12 +59,12 @@ class Speculation:
 
         Behind the last one the next token is chosen, and reported.
         """
-        batch, ids_T = self.batch, self._ids(request.prompt_ids[start:end])
+        batch, ids_T = self.batch, self.rows.ids(request.prompt_ids[start:end])
         is_last, images = end == len(request.prompt_ids), request.images
         verified = self.verifier.prefill(row, start, ids_T, images, is_last=is_last)
         known = request.prompt_ids[start + 1 : end + 1]
         if known:
-            start_B, next_ids_T = batch.lengths_B[row : row + 1], self._ids(known)
+            start_B, next_ids_T = batch.lengths_B[row : row + 1], self.rows.ids(known)
             prompt = PromptRows(row, start, start_B, next_ids_T, images)
             self.drafter.prefill(prompt, [tap_TD[: len(known)] for tap_TD in verified.taps_TD])
         batch.lengths_B[row] += end - start
@@ -110,32 +73,6 @@ class Speculation:
         batch.begin(row, verified.target_ids_T, [tap_TD[-1:] for tap_TD in verified.taps_TD])
         one = torch.ones_like(verified.target_ids_T)
         return Report(torch.stack((one, verified.target_ids_T), dim=1))
-
-    def _ids(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
-
-    def has_room_for(self, request: Request) -> bool:
-        return all(cache.has_room_for(request.max_length + self._slack) for cache in self.caches)
-
-    def join(self, row: int, request: Request) -> None:
-        """Row `row` is the request's, with all the pages it can need."""
-        for cache in self.caches:
-            cache.admit(row, request.max_length + self._slack)
-        self.batch.join(row, self._ids(request.prompt_ids))
-        end_ids, num_prompt = request.ends.eos_token_ids, len(request.prompt_ids)
-        self.verifier.sampler.join(row, request.sampling, request.seed, end_ids, num_prompt)
-
-    def move(self, source: int, target: int) -> None:
-        """The sequence of row `source` goes on in row `target`, which has been left."""
-        for cache in self.caches:
-            cache.move(source, target)
-        self.batch.move(source, target)
-        self.verifier.sampler.move(source, target)
-
-    def leave(self, row: int) -> None:
-        for cache in self.caches:
-            cache.release(row)
-        self.batch.leave(row)
 
 
 @dataclass(frozen=True)
@@ -150,8 +87,43 @@ class Generation:
     stats: Stats
     seed: int | None = None
 
+    @classmethod
+    def of(cls, decoded: Decoded) -> "Generation":
+        assert decoded.finish_reason is not None
+        seed = decoded.request.reported_seed
+        return cls(decoded.tokens, decoded.finish_reason, decoded.stats, seed)
 
-class Decoding:
+
+class Decodings(Stream):
+    """Requests decoded together, at most `max_batch_size` at a time, the others as these end."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        requests: Sequence[Request],
+        max_batch_size: int = MAX_BATCH_SIZE,
+        kv_cache_dtype: KVCacheDtype = "auto",
+        kv_cache_bytes: int | None = None,
+    ) -> None:
+        """`kv_cache_bytes` bounds the memory of keys and values; requests wait for it.
+
+        Raises ValueError for no requests, a size < 1, and a request that does not fit alone.
+        """
+        if not requests or max_batch_size < 1:
+            raise ValueError(
+                f"requests, max_batch_size: at least 1 of each, got {len(requests)} and "
+                f"{max_batch_size}"
+            )
+        if pair.draft is not None and any(request.images for request in requests):
+            check_draft_takes_images(pair.draft, pair.target)
+        capacity = min(max_batch_size, len(requests))
+        self.rows = Rows(pair, requests, capacity, kv_cache_dtype, kv_cache_bytes)
+        self.passes = Speculation(pair, self.rows)
+        engine = Engine(self.passes, self.rows, pair.lag)
+        super().__init__(engine, [engine.add(request) for request in requests])
+
+
+class Decoding(SingleStream):
     """One sequence being decoded. Iterating yields the accepted tokens in bursts."""
 
     def __init__(
@@ -180,47 +152,13 @@ class Decoding:
         request = Request.checked(
             target, prompt_ids, max_new_tokens, eos_token_ids, sampling, detokenize, images
         )
-        if images is not None and draft is not None:
-            check_draft_takes_images(draft, target)
         policy = Chain(num_speculative_tokens) if policy is None else policy
-        self.passes = Speculation(
-            target, draft, policy, 1, request.max_length, kv_cache_dtype, drafter
-        )
-        self._engine = Engine(self.passes, self.passes.lag)
-        self._decoded = self._engine.add(request)
-        self._is_started = False
-
-    @property
-    def tokens(self) -> list[int]:
-        return self._decoded.tokens
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self._decoded.finish_reason
-
-    @property
-    def stats(self) -> Stats:
-        return self._decoded.stats
-
-    @property
-    def seed(self) -> int | None:
-        """Repeats a sampled run."""
-        return self._decoded.request.reported_seed
-
-    @torch.inference_mode()
-    def __iter__(self) -> Iterator[Burst]:
-        """Closing the iterator between two bursts cancels the rest and frees its pages."""
-        if self._is_started:
-            raise ValueError("decoding: a Decoding is iterated once; build another one")
-        self._is_started = True
-        try:
-            while self._engine.has_work:
-                for _, burst in self._engine.step():
-                    yield burst
-        finally:
-            self._engine.cancel(self._decoded)
+        pair = Pair(target, draft, policy, drafter)
+        self.decodings = Decodings(pair, [request], 1, kv_cache_dtype)
+        super().__init__(self.decodings)
 
 
+@overload
 def generate(
     target: Target,
     prompt_ids: Sequence[int],
@@ -234,32 +172,75 @@ def generate(
     sampling: SamplingParams | None = None,
     detokenize: Detokenize | None = None,
     images: ImageFeatures | None = None,
-) -> Generation:
-    """Decodes one prompt; with a `draft`, the same tokens in fewer target passes.
+) -> Generation: ...
 
+
+@overload
+def generate(
+    target: Target,
+    prompt_ids: Sequence[Sequence[int]],
+    max_new_tokens: int | None = None,
+    draft: Eagle3Llama4ForCausalLM | None = None,
+    num_speculative_tokens: int = 4,
+    eos_token_ids: Sequence[int] | None = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    *,
+    policy: Policy | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    detokenize: Detokenize | None = None,
+    images: Sequence[ImageFeatures | None] | None = None,
+    max_batch_size: int = MAX_BATCH_SIZE,
+    kv_cache_bytes: int | None = None,
+) -> list[Generation]: ...
+
+
+def generate(
+    target,
+    prompt_ids,
+    max_new_tokens=None,
+    draft=None,
+    num_speculative_tokens=4,
+    eos_token_ids=None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    *,
+    policy=None,
+    sampling=None,
+    detokenize=None,
+    images=None,
+    max_batch_size=MAX_BATCH_SIZE,
+    kv_cache_bytes=None,
+):
+    """Decodes a prompt, or a list of prompts side by side; with a `draft`, the same tokens in
+    fewer target passes.
+
+    Of a list, `max_batch_size` run at a time, each with its own entry of `sampling` and `images`
+    if these are lists; the results come in order and are those of each prompt alone.
     `kv_cache_dtype` "fp8" keeps keys and values as e4m3 codes: half of bfloat16's memory and reads.
-    Raises ValueError for an empty or too long prompt, ids outside the vocabulary, counts < 1, or
-    another cache dtype, and FloatingPointError where the target's logits are no distribution.
+    `kv_cache_bytes` bounds them; prompts wait until there is room. Raises ValueError for an empty
+    or too long prompt, ids outside the vocabulary, counts < 1, another cache dtype, or a prompt
+    that the memory does not hold, and FloatingPointError where the target's logits are no
+    distribution.
     """
-    decoding = Decoding(
-        target,
-        prompt_ids,
-        max_new_tokens,
-        draft,
-        num_speculative_tokens,
-        eos_token_ids,
-        kv_cache_dtype=kv_cache_dtype,
-        policy=policy,
-        sampling=sampling,
-        detokenize=detokenize,
-        images=images,
-    )
-    for _ in decoding:
+    target = target.get_language_model()
+    is_list = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], SupportsIndex)
+    prompts = list(prompt_ids) if is_list else [prompt_ids]
+    samplings = _each("sampling", sampling, prompts, is_list and isinstance(sampling, Sequence))
+    features = _each("images", images, prompts, is_list and images is not None)
+    requests = [
+        Request.checked(target, prompt, max_new_tokens, eos_token_ids, params, detokenize, rows)
+        for prompt, params, rows in zip(prompts, samplings, features, strict=True)
+    ]
+    pair = Pair(target, draft, Chain(num_speculative_tokens) if policy is None else policy)
+    decodings = Decodings(pair, requests, max_batch_size, kv_cache_dtype, kv_cache_bytes)
+    for _ in decodings:
         pass
-    return generation_of(decoding._decoded)
+    results = [Generation.of(decoded) for decoded in decodings.decoded]
+    return results if is_list else results[0]
 
 
-def generation_of(decoded: Decoded) -> Generation:
-    assert decoded.finish_reason is not None
-    seed = decoded.request.reported_seed
-    return Generation(decoded.tokens, decoded.finish_reason, decoded.stats, seed)
+def _each(name: str, value, prompts: list, is_list: bool) -> list:
+    if not is_list:
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise ValueError(f"{name}: one for each of {len(prompts)} prompts, got {len(value)}")
+    return list(value)

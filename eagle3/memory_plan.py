@@ -14,7 +14,7 @@ from aerie.eagle3.binding import check_fits, tap_layers
 from aerie.eagle3.checkpoint import OwnParts
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.generate import PREFILL_ROWS
+from aerie.eagle3.engine import PREFILL_ROWS
 from aerie.kernels.backend import ResolvedBackend
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.memory_plan import KVBytes, activation_bytes, kv_bytes, weight_bytes

@@ -220,14 +220,14 @@ def test_bursts_are_the_accepted_runs():
 @pytest.mark.parametrize("seed", range(3))
 def test_recycled_pages_of_chunked_layers(seed, monkeypatch):
     """128 slots for 16 chunks: plain and drafted ids are those of one pass that keeps all rows."""
-    for module in ("engine", "generate"):
+    for module in ("engine", "rows"):
         monkeypatch.setattr(f"aerie.eagle3.{module}.PREFILL_ROWS", 8)
     target, prompt = random_target(seed, context=300), random_prompt(seed)
     prompt = [7 * i % VOCAB for i in range(150)] + prompt
     plain = generate(target, prompt, 80, eos_token_ids=())
     drafter = ScriptedDrafter(plain.tokens, 0.7, 5)
     decoding = Decoding(target, prompt, 80, None, 5, (), drafter)
-    full, ring = decoding.passes.caches[0].pools
+    full, ring = decoding.decodings.rows.cache.pools
     assert ring.plan.num_pages == 2 < full.plan.num_pages
     assert [token for burst in decoding for token in burst] == plain.tokens
     speculative = generate(target, prompt, 80, random_draft(seed, target), 3, eos_token_ids=())

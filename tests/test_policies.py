@@ -149,11 +149,10 @@ def observed(policy: Policy, seed: int) -> Observed:
     target = random_target(seed, num_hidden_layers=4)
     draft = random_draft(seed, target)
     decoding = Decoding(target, [3, 1, 4, 1, 5, 9, 2, 6], 8, draft, policy=policy)
-    next(iter(decoding))
-    passes = decoding.passes
-    passes.join(0, decoding._decoded.request)  # again: closing the iterator freed the row
+    passes, request = decoding.decodings.passes, decoding.decoded.request
+    passes.rows.join(0, request)
     with torch.inference_mode():
-        passes.prefill(0, decoding._decoded.request, 0, 8)
+        passes.prefill(0, request, 0, 8)
     return Observed(passes.drafter, passes.batch.committed(1))
 
 

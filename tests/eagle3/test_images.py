@@ -208,7 +208,7 @@ def test_image_rows_matter_to_the_draft(target, draft):
         decoding = Decoding(target, prompt, 8, ours, 2, images=images, eos_token_ids=())
         bursts = iter(decoding)  # kept: closing it would free the row
         next(bursts)
-        passes = decoding.passes
+        passes = decoding.decodings.passes
         assert isinstance(passes.drafter, ChainDrafter)
         with torch.inference_mode():
             lasts.append(passes.drafter._catch_up(passes.batch.committed(1)).next_hidden_TD)

@@ -187,7 +187,7 @@ def test_caches_of_a_decoding(policy: Policy, draft_files, make_target, tmp_path
     drafted = DraftPlan(config, OwnParts(embedding=False, head=True))
     run = replace(EAGER, num_drafted=policy.num_rows)
     planned = planner(TARGET, run, drafted).plan(63)
-    of_target, of_draft = decoding.passes.caches
+    of_target, of_draft = decoding.decodings.rows.caches
     assert planned.kv.total == cache_bytes(of_target)
     assert planned.draft_kv.total == cache_bytes(of_draft)
 

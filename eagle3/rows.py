@@ -1,0 +1,173 @@
+"""Where sequences stand: a row of the batch, pages in the caches, parameters in the sampler.
+
+Everything is allocated here, before the first token: a request gets all pages it can need when it
+joins, or waits. So memory runs out at the start or never.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aerie.eagle3.batch import Batch
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.drafter import Drafter, NoDrafter
+from aerie.eagle3.engine import PREFILL_ROWS
+from aerie.eagle3.policies import Policy
+from aerie.eagle3.sampler import Sampler
+from aerie.eagle3.sequences import Request
+from aerie.kernels.tree_rows import MAX_TREE_ROWS
+from aerie.llama4.cache import PagedKVCache
+from aerie.llama4.kv_plan import PAGE_SIZE, pages_in_pool
+from aerie.llama4.kv_scales import KVCacheDtype
+from aerie.llama4.model import Llama4ForCausalLM
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who decodes: a target, a draft or another drafter or neither, and how they draft."""
+
+    target: Llama4ForCausalLM
+    draft: Eagle3Llama4ForCausalLM | None
+    policy: Policy
+    drafter: Drafter | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft is not None and not self.draft.is_bound_to(self.target):
+            raise ValueError("draft: was loaded for another target; load it with this one")
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.lm_head.weight.device
+
+    @property
+    def lag(self) -> int:
+        """Rounds that run before the host knows what an earlier one did."""
+        return 1 if self.device.type == "cuda" else 0
+
+    @property
+    def depth(self) -> int:
+        return self.policy.depth if self._drafts else 0
+
+    @property
+    def slack(self) -> int:
+        """Slots behind the last token: rows of a round, and of rounds that were not needed."""
+        num_rows = self.policy.num_rows if self._drafts else 0
+        return num_rows + 1 + self.lag * (self.depth + 1)
+
+    @property
+    def _drafts(self) -> bool:
+        return self.draft is not None or self.drafter is not None
+
+
+class Rows:
+    """Room for `capacity` of `requests` at a time; others of up to the same length may follow."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        requests: Sequence[Request],
+        capacity: int,
+        kv_cache_dtype: KVCacheDtype = "auto",
+        kv_cache_bytes: int | None = None,
+    ) -> None:
+        """`kv_cache_bytes` None is as much as the `capacity` longest requests need.
+
+        Raises ValueError where a request does not fit in.
+        """
+        target, device = pair.target, pair.device
+        self.capacity, self.slack, self.device = capacity, pair.slack, device
+        self._kv_cache_dtype: KVCacheDtype = kv_cache_dtype
+        needs = sorted((request.max_length + pair.slack for request in requests), reverse=True)
+        pages = [-(-slots // PAGE_SIZE) for slots in needs]
+        num_pages = sum(pages[:capacity])
+        if kv_cache_bytes is not None:
+            num_pages = min(num_pages, self._pages_within(kv_cache_bytes, pair, needs[0]))
+            if num_pages < pages[0]:
+                raise ValueError(
+                    f"kv_cache_bytes: a request of {needs[0]} tokens, drafts included, needs "
+                    f"{pages[0]} pages of {PAGE_SIZE}, and {kv_cache_bytes} bytes hold "
+                    f"{num_pages}; allow more memory or ask for fewer tokens"
+                )
+        self.cache, draft_cache = self._caches(pair, needs[0], num_pages)
+        self.drafter: Drafter = pair.drafter or NoDrafter()
+        if pair.draft is not None and draft_cache is not None:
+            taps = pair.draft.tap_layers(target)
+            self.drafter = pair.policy.drafter(pair.draft, draft_cache, taps)
+        own = self.drafter.cache
+        self.caches = [self.cache] if own is None else [self.cache, own]
+        num_taps, width = len(self.drafter.tap_layers), target.config.hidden_size
+        self.batch = Batch(
+            capacity, needs[0], pair.depth + 1, num_taps, width, target.dtype, device
+        )
+        vocab_size = target.config.vocab_size
+        self.sampler = Sampler(self.batch.ids_BS, vocab_size, target.backend, device)
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages that sequences hold, in all pools."""
+        pools = [pool for cache in self.caches for pool in cache.pools]
+        return sum(pool.num_pages - pool.num_free_pages for pool in pools)
+
+    def has_room_for(self, request: Request) -> bool:
+        return all(cache.has_room_for(request.max_length + self.slack) for cache in self.caches)
+
+    def join(self, row: int, request: Request) -> None:
+        """Row `row` is the request's, with all the pages it can need."""
+        for cache in self.caches:
+            cache.admit(row, request.max_length + self.slack)
+        self.batch.join(row, self.ids(request.prompt_ids))
+        end_ids, num_prompt = request.ends.eos_token_ids, len(request.prompt_ids)
+        self.sampler.join(row, request.sampling, request.seed, end_ids, num_prompt)
+
+    def move(self, source: int, target: int) -> None:
+        """The sequence of row `source` goes on in row `target`, which has been left."""
+        for cache in self.caches:
+            cache.move(source, target)
+        self.batch.move(source, target)
+        self.sampler.move(source, target)
+
+    def leave(self, row: int) -> None:
+        """The row is idle, its pages are free."""
+        for cache in self.caches:
+            cache.release(row)
+        self.batch.leave(row)
+
+    def ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+
+    def _caches(
+        self, pair: Pair, slots: int, num_pages: int
+    ) -> tuple[PagedKVCache, PagedKVCache | None]:
+        kind = self._kv_cache_dtype
+        step_rows = max(PREFILL_ROWS, MAX_TREE_ROWS)
+        cache = pair.target.allocate_cache(
+            slots,
+            self.capacity,
+            max_step_rows=step_rows,
+            kv_cache_dtype=kind,
+            num_pages=num_pages,
+        )
+        if pair.draft is None or pair.drafter is not None:
+            return cache, None
+        return cache, pair.draft.allocate_cache(
+            slots, self.capacity, kv_cache_dtype=kind, num_pages=num_pages
+        )
+
+    def _pages_within(self, num_bytes: int, pair: Pair, slots: int) -> int:
+        """The most pages whose keys and values take no more: told by caches of one page."""
+        small = [cache for cache in self._caches(pair, slots, 1) if cache is not None]
+        pools = [pool for cache in small for pool in cache.pools]
+
+        def bytes_of(num_pages: int) -> int:
+            return sum(
+                (pool.k_LRCGK.nbytes + pool.v_LRCGK.nbytes)
+                * pages_in_pool(pool.plan, self.capacity, num_pages)
+                for pool in pools
+            )
+
+        most = num_bytes // max(1, bytes_of(1))
+        most = max(most, self.capacity * -(-slots // PAGE_SIZE))
+        return bisect_right(range(1, most + 1), num_bytes, key=bytes_of)

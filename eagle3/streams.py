@@ -1,0 +1,71 @@
+"""Tokens as they come: what iterating over running requests yields."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from aerie.eagle3.ends import FinishReason
+from aerie.eagle3.engine import Engine
+from aerie.eagle3.sequences import Burst, Decoded
+from aerie.eagle3.stats import Stats
+
+
+class Stream:
+    """Several prompts decoded together. Iterating yields (number of the prompt, burst)."""
+
+    def __init__(self, engine: Engine, decoded: Sequence[Decoded]) -> None:
+        self.engine, self.decoded = engine, list(decoded)
+        self._is_started = False
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[tuple[int, Burst]]:
+        """Closing the iterator between two bursts cancels what is left and frees its pages."""
+        if self._is_started:
+            raise ValueError("decoding: a Decoding is iterated once; build another one")
+        self._is_started = True
+        numbers = {id(decoded): number for number, decoded in enumerate(self.decoded)}
+        try:
+            while self.engine.has_work:
+                for decoded, burst in self.engine.step():
+                    yield numbers[id(decoded)], burst
+        finally:
+            for number in range(len(self.decoded)):
+                self.cancel(number)
+
+    def cancel(self, number: int) -> None:
+        """Ends one of the prompts between two bursts; its pages are free."""
+        self.engine.cancel(self.decoded[number])
+
+
+class SingleStream:
+    """One prompt's side of a `Stream`. Iterating yields its bursts."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        (self.decoded,) = stream.decoded
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.decoded.tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.decoded.finish_reason
+
+    @property
+    def stats(self) -> Stats:
+        return self.decoded.stats
+
+    @property
+    def seed(self) -> int | None:
+        """Repeats a sampled run."""
+        return self.decoded.request.reported_seed
+
+    def __iter__(self) -> Iterator[Burst]:
+        """Closing the iterator between two bursts cancels the rest and frees its pages."""
+        bursts = iter(self.stream)
+        try:
+            for _, burst in bursts:
+                yield burst
+        finally:
+            bursts.close()

@@ -1,0 +1,176 @@
+"""Several prompts side by side write what each writes alone, id by id, in float32.
+
+Regimes: more prompts than rows, of unlike lengths (around chunk edges, over several prefill
+passes), with their own seeds, samplers, ends and limits, so that they end at different times inside
+bursts and others take their rows; chains, trees and plain decoding; rings of chunked layers; little
+memory, so that requests wait; cancelling; pages are all free afterwards.
+"""
+
+import random
+
+import pytest
+import torch
+
+from aerie.eagle3.generate import Decoding, Decodings, generate
+from aerie.eagle3.policies import Chain
+from aerie.eagle3.rows import Pair
+from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.sequences import Request
+from tests.test_lossless import VOCAB, random_draft, random_prompt, random_target
+from tests.test_policies import random_policy
+from tests.test_sampled_lossless import random_params
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_as_alone(block):
+    """6 x 4 batches of 2 to 9 random requests."""
+    choose = random.Random(block)
+    target = random_target(block, num_hidden_layers=4)
+    draft = random_draft(block, target)
+    for number in range(4):
+        count = choose.randint(2, 9)
+        prompts = [random_prompt(choose.getrandbits(30)) for _ in range(count)]
+        params = [random_params(choose) for _ in prompts]
+        ends = (choose.randrange(VOCAB),)
+        policy = random_policy(choose)
+        alone = [
+            generate(target, prompt, 14, eos_token_ids=ends, sampling=own)
+            for prompt, own in zip(prompts, params, strict=True)
+        ]
+        for helper in (draft, None):
+            together = generate(
+                target, prompts, 14, helper, eos_token_ids=ends, policy=policy, sampling=params,
+                max_batch_size=choose.randint(1, count),
+            )  # fmt: skip
+            for prompt, expected, found in zip(prompts, alone, together, strict=True):
+                assert found.tokens == expected.tokens, f"{block}, {number}, {policy}, {prompt}"
+                assert found.finish_reason == expected.finish_reason
+                assert found.stats.num_tokens == len(found.tokens)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_long_prompts_in_rings_beside_short_ones(seed, monkeypatch):
+    """Prompts over several prefill passes are read while others run, in pages used before."""
+    for module in ("engine", "rows"):
+        monkeypatch.setattr(f"aerie.eagle3.{module}.PREFILL_ROWS", 8)
+    target = random_target(seed, context=300, num_hidden_layers=4)
+    prompts = [[7 * i % VOCAB for i in range(n)] for n in (150, 3, 40, 170, 1, 90)]
+    limits = [SamplingParams(max_tokens=n) for n in (20, 60, 9, 30, 70, 12)]
+    alone = [
+        generate(target, prompt, eos_token_ids=(), sampling=own).tokens
+        for prompt, own in zip(prompts, limits, strict=True)
+    ]
+    draft = random_draft(seed, target)
+    together = generate(target, prompts, None, draft, 3, (), sampling=limits, max_batch_size=3)
+    assert [result.tokens for result in together] == alone
+
+
+def batch_of(target, draft, prompts, count=12, **options) -> Decodings:
+    requests = [Request.checked(target, prompt, count, ()) for prompt in prompts]
+    return Decodings(Pair(target, draft, Chain(3)), requests, **options)
+
+
+def test_rows_are_refilled_while_others_run():
+    """With room for two, the third prompt starts as soon as the short one has ended."""
+    target = random_target(2, num_hidden_layers=4)
+    limits = [SamplingParams(max_tokens=n) for n in (2, 30, 30)]
+    requests = [Request.checked(target, [1, 2, n], None, (), own) for n, own in enumerate(limits)]
+    decodings = Decodings(Pair(target, None, Chain(1)), requests, max_batch_size=2)
+    order = [number for number, _ in decodings]
+    assert order.index(2) < len(order) / 4
+    assert order[-1] == 2
+    assert decodings.decoded[1].stats.num_target_passes == 30
+
+
+@pytest.mark.parametrize("with_draft", [True, False])
+def test_pages_are_free_afterwards(with_draft):
+    target = random_target(4, num_hidden_layers=4)
+    draft = random_draft(4, target) if with_draft else None
+    prompts = [random_prompt(seed) for seed in range(7)]
+    decodings = batch_of(target, draft, prompts, max_batch_size=3)
+    used = [decodings.rows.num_used_pages for _ in decodings]
+    assert max(used) == 3 * (2 if with_draft else 1)
+    assert decodings.rows.num_used_pages == 0
+
+
+def test_cancelled_prompts_free_their_pages_and_disturb_nobody():
+    target = random_target(5, num_hidden_layers=4)
+    draft = random_draft(5, target)
+    prompts = [random_prompt(seed) for seed in range(8)]
+    alone = [generate(target, prompt, 12, eos_token_ids=()).tokens for prompt in prompts]
+    decodings = batch_of(target, draft, prompts, max_batch_size=4)
+    for seen, (number, _) in enumerate(decodings):
+        if seen == 5:
+            decodings.cancel(1)
+            decodings.cancel(6)  # still waiting
+        assert number != 6
+    for number, decoded in enumerate(decodings.decoded):
+        if number in (1, 6):
+            assert decoded.finish_reason is None
+            assert decoded.tokens == alone[number][: len(decoded.tokens)]
+            assert len(decoded.tokens) < 12
+        else:
+            assert decoded.tokens == alone[number]
+    assert decodings.rows.num_used_pages == 0
+
+
+def test_closing_the_iterator_frees_the_pages():
+    target = random_target(5, num_hidden_layers=4)
+    for decoding in (Decoding(target, [1, 2, 3], 20), batch_of(target, None, [[1], [2], [3]])):
+        rows = decoding.decodings.rows if isinstance(decoding, Decoding) else decoding.rows
+        bursts = iter(decoding)
+        next(bursts)
+        assert rows.num_used_pages > 0
+        bursts.close()
+        assert rows.num_used_pages == 0
+
+
+def test_requests_wait_for_memory():
+    """Room for one page at a time: one prompt after the other, with the same ids."""
+    target = random_target(6, num_hidden_layers=4)
+    draft = random_draft(6, target)
+    prompts = [random_prompt(seed) for seed in range(5)]
+    page = sum(
+        2 * pool.k_LRCGK[:, :1].nbytes
+        for cache in batch_of(target, draft, prompts).rows.caches
+        for pool in cache.pools
+    )
+    alone = [generate(target, prompt, 12, eos_token_ids=()).tokens for prompt in prompts]
+    for num_pages in (1, 2, 3):
+        small = batch_of(target, draft, prompts, kv_cache_bytes=num_pages * page + page // 2)
+        assert small.rows.cache.pools[0].num_pages == num_pages
+        assert max(small.rows.num_used_pages for _ in small) == 2 * num_pages
+        assert [decoded.tokens for decoded in small.decoded] == alone
+    with pytest.raises(ValueError, match="kv_cache_bytes: a request of .* needs 1 pages of 64"):
+        batch_of(target, draft, prompts, kv_cache_bytes=page - 1)
+
+
+def test_bursts_say_what_was_accepted():
+    target = random_target(7, num_hidden_layers=4)
+    draft = random_draft(7, target)
+    decoding = Decoding(target, [3, 1, 4], 40, draft, eos_token_ids=())
+    first, *bursts = decoding
+    assert (len(first), first.num_accepted) == (1, 0)
+    assert all(len(burst) == burst.num_accepted + 1 for burst in bursts[:-1])
+    accepted = sum(burst.num_accepted for burst in bursts)
+    assert 0 <= decoding.stats.num_accepted_tokens - accepted <= 4  # the last burst is cut
+
+
+def test_bad_logits_name_the_prompt_and_free_the_pages():
+    target = random_target(1, num_hidden_layers=4)
+    spoil = lambda ids, scores: torch.full_like(scores, torch.nan)  # noqa: E731
+    bad = SamplingParams(logits_processors=[spoil])
+    requests = [Request.checked(target, [1, 2], 4, (), own) for own in (SamplingParams(), bad)]
+    decodings = Decodings(Pair(target, None, Chain(1)), requests)
+    with pytest.raises(FloatingPointError, match="no token can be chosen for position 2"):
+        list(decodings)
+    assert decodings.rows.num_used_pages == 0
+
+
+def test_lists_must_fit_the_prompts():
+    target = random_target(1, num_hidden_layers=4)
+    with pytest.raises(ValueError, match="sampling: one for each of 2 prompts, got 1"):
+        generate(target, [[1], [2]], 4, sampling=[SamplingParams()])
+    with pytest.raises(ValueError, match="max_batch_size: at least 1"):
+        generate(target, [[1], [2]], 4, max_batch_size=0)
+    assert len(generate(target, [[1], [2]], 4)) == 2
