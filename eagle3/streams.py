@@ -1,6 +1,6 @@
 """Tokens as they come: what iterating over running requests yields."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ class Stream:
         self._is_started = False
 
     @torch.inference_mode()
-    def __iter__(self) -> Iterator[tuple[int, Burst]]:
+    def __iter__(self) -> Generator[tuple[int, Burst], None, None]:
         """Closing the iterator between two bursts cancels what is left and frees its pages."""
         if self._is_started:
             raise ValueError("decoding: a Decoding is iterated once; build another one")
@@ -61,7 +61,7 @@ class SingleStream:
         """Repeats a sampled run."""
         return self.decoded.request.reported_seed
 
-    def __iter__(self) -> Iterator[Burst]:
+    def __iter__(self) -> Generator[Burst, None, None]:
         """Closing the iterator between two bursts cancels the rest and frees its pages."""
         bursts = iter(self.stream)
         try:

@@ -346,7 +346,7 @@ def test_an_exception_in_mid_run_leaves_the_model_usable(target, draft):
         generate(target, [1, 2, 3], 20, draft, sampling=SamplingParams(logits_processors=[spoil]))
     decoding = Decoding(target, [1, 2, 3], 20, draft)
     bursts = iter(decoding)
-    tokens = next(bursts) + next(bursts)
+    tokens = [*next(bursts), *next(bursts)]
     del bursts  # its reader goes away
     assert tokens == expected[: len(tokens)]
     assert generate(target, [1, 2, 3], 20, draft).tokens == expected
