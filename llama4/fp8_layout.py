@@ -69,7 +69,11 @@ def take_kv_scales(model: nn.Module, folder: Path, renaming: Callable[[str], str
             pair = [found.get(stored_name(name, leaves, found)) for leaves in (K_SCALES, V_SCALES)]
             k_scale, v_scale = (None if x is None else x.float().view(1) for x in pair)
             if (k_scale is None) != (v_scale is None):
-                raise CheckpointError(f"{folder}: {name}: k_scale and v_scale must come together")
+                missing = K_SCALES if k_scale is None else V_SCALES
+                raise CheckpointError(
+                    f"{folder}: {' or '.join(f'{name}.{leaf}' for leaf in missing)}: missing; "
+                    f"k_scale and v_scale must come together"
+                )
             if k_scale is not None and v_scale is not None:
                 attention.kv_scales = KVScales(k_scale, v_scale)
 

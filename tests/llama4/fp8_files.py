@@ -41,13 +41,13 @@ class Checkpoint:
     """`truth` is each projection dequantised in float64, by its module name."""
 
     tensors: dict[str, Tensor]
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     truth: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
-        values = VALUES | {"quantization_config": self.config}
+        values = VALUES | ({} if self.config is None else {"quantization_config": self.config})
         (folder / "config.json").write_text(json.dumps(values))
         save_file(self.tensors, folder / "model.safetensors")
         return folder
@@ -140,6 +140,21 @@ def fine_grained() -> Checkpoint:
     return made
 
 
+def per_tensor() -> Checkpoint:
+    """As vLLM writes: the same method without blocks, activations scaled ahead."""
+    names = projections()
+    config = {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "ignored_layers": ["lm_head", "re:.*router"],
+    }
+    made = Checkpoint(unquantised(names), config)
+    for name, shape in names.items():
+        _separate(made, name, shape, "tensor", "weight_scale", torch.float32)
+        made.tensors[f"{name}.input_scale"] = positive(1)
+    return made
+
+
 def fbgemm() -> Checkpoint:
     """As transformers' FbgemmFp8Llama4TextExperts: fused and input-major; all else unquantised."""
     excluded = ["lm_head", "router", "self_attn", "shared_expert", "model.layers.0.feed_forward"]
@@ -214,6 +229,7 @@ FORMATS: dict[str, Callable[[], Checkpoint]] = {
     "compressed-tensors tensor": compressed_tensors("tensor", static=True),
     "compressed-tensors block": compressed_tensors("block"),
     "fp8 block": fine_grained,
+    "fp8 tensor": per_tensor,
     "fbgemm": fbgemm,
     "modelopt": modelopt,
 }
