@@ -35,8 +35,6 @@ class VisionTower(nn.Module):
         self.multi_modal_projector = Llama4MultiModalProjector(
             SimpleNamespace(vision_config=config.vision, text_config=config.text)
         )
-        with torch.device("cpu"):  # computed, not loaded: must exist even while building on meta
-            self.vision_model.rotary_embedding = Llama4VisionRotaryEmbedding(config.vision)
 
     @classmethod
     def from_pretrained(
@@ -50,6 +48,7 @@ class VisionTower(nn.Module):
         tower = cls._on_meta(config)
         options = LoadOptions(_stored_dtype(folder), device, check_finite=check_finite)
         load_weights(tower, folder, _own, options)
+        tower.vision_model.rotary_embedding = Llama4VisionRotaryEmbedding(config.vision).to(device)
         return tower
 
     @classmethod
@@ -62,8 +61,12 @@ class VisionTower(nn.Module):
 
     @classmethod
     def _on_meta(cls, config: MultimodalConfig) -> "VisionTower":
+        """Without its table of rotations, which is computed: only once the files are known to hold
+        a tower of the size that the config claims."""
         with torch.device("meta"):
-            return cls(config)
+            tower = cls(config)
+        tower.vision_model.rotary_embedding = nn.Identity()
+        return tower
 
     @property
     def dtype(self) -> torch.dtype:

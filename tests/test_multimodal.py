@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from aerie.assets.tiny_multimodal.checkpoint import TOKENS, VISION, new_model, randomise, save
 from aerie.eagle3.interface import SupportsEagle3
+from aerie.inspection import inspect
 from aerie.llama4.conditional_generation import Llama4ForConditionalGeneration
 from aerie.llama4.json_fields import CheckpointError
 from aerie.llama4.model import Llama4ForCausalLM
@@ -243,6 +244,10 @@ def test_the_tower_keeps_its_own_dtype(folder, tmp_path):
         ({"boi_token_index": -1}, "'boi_token_index': must be an integer >= 0"),
         ({"vision": {"image_size": 18}}, "image_size: must be a multiple of patch_size"),
         ({"vision": {"hidden_size": None}}, "'hidden_size': missing"),
+        ({"vision": {"num_hidden_layers": 2**30}}, "num_hidden_layers: at most 1000"),
+        ({"vision": {"image_size": 2**30}}, "image_size: at most 16384"),
+        ({"vision": {"hidden_size": 2**24, "intermediate_size": 2**26}}, "sizes: at most 1048576"),
+        ({"vision": {"image_size": 2**14}}, r"positional_embedding_vlm: shape \(17, 32\), exp"),
         ({"vision": {"intermediate_size": 64}}, "intermediate_size: must be hidden_size / pixel"),
         ({"vision": {"vision_output_dim": 40}}, "vision_output_dim: must be equal"),
         ({"vision": {"pixel_shuffle_ratio": 0.3}}, "pixel_shuffle_ratio: must be at most 1"),
@@ -269,3 +274,13 @@ def test_image_tokens_may_be_named_by_id(folder, tmp_path, ours):
         TOKENS.index("<|image_start|>"),
         TOKENS.index("<|image_end|>"),
     )
+
+
+def test_inspect_tells_of_images_and_checks_the_tower(folder, tmp_path):
+    found = inspect(folder, None, None, 1)
+    assert (
+        found.facts["images"] == f"tiles of 16 px, 4 tokens each (id {IMAGE}, between 259 and 260)"
+    )
+    assert found.problems == []
+    spoilt = inspect(rewritten(folder, tmp_path, drop(LINEAR)), None, None, 1)
+    assert any(f"{LINEAR}: missing" in problem for problem in spoilt.problems)

@@ -28,7 +28,7 @@ from aerie.eagle3.memory_plan import MemoryPlan
 from aerie.eagle3.reading import Decision
 from aerie.kernels.head_rows import ids_from_offsets
 from aerie.llama4.checkpoint import LoadOptions, load_weights
-from aerie.llama4.config import Llama4Config
+from aerie.llama4.config import Llama4Config, is_multimodal
 from aerie.llama4.json_fields import CheckpointError, read_json, strings
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.safetensors_header import StoredTensor
@@ -137,6 +137,24 @@ def _inspect_target(found: Inspection, values: Mapping[str, Any], has_tensors: b
         found.attempt(
             lambda: Llama4ForCausalLM.from_pretrained(found.folder, torch.float32, "meta", "eager")
         )
+    if is_multimodal(values):
+        _inspect_vision(found, has_tensors)
+
+
+def _inspect_vision(found: Inspection, has_tensors: bool) -> None:
+    # transformers' own Llama 4 takes seconds to import: not for text-only checkpoints
+    from aerie.llama4.multimodal_config import MultimodalConfig
+    from aerie.llama4.vision import VisionTower
+
+    config = found.attempt(lambda: MultimodalConfig.from_pretrained(found.folder))
+    if config is None:
+        return
+    found.facts["images"] = (
+        f"tiles of {config.image_size} px, {config.tokens_per_tile} tokens each "
+        f"(id {config.image_token_id}, between {config.boi_token_id} and {config.eoi_token_id})"
+    )
+    if has_tensors:
+        found.attempt(lambda: VisionTower.check(found.folder, config))
 
 
 def _inspect_draft(
