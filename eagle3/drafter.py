@@ -93,7 +93,7 @@ class CachedDrafter:
             [tap_BPD.flatten(0, 1) for tap_BPD in committed.taps_BPD]
         )
         step = device_step(self.cache, committed.starts_B, chain_shape(rows, device))
-        output = self.draft(committed.next_ids_BP.reshape(-1), hidden_TD, step)
+        output = self.draft(committed.next_ids_BP.contiguous().view(-1), hidden_TD, step)
         if rows == 1:
             return output
         last_B = committed.counts_B - 1 + rows * counting(sequences, device)
@@ -125,7 +125,8 @@ class ChainDrafter(CachedDrafter):
             if self.goes_on is not None and not self.goes_on(scores[-1]):
                 break
             step = device_step(self.cache, lengths_B, shape)
-            level = self._level(self.draft(level.token_B1.view(-1), level.hidden_BD, step))
+            ids_B = level.token_B1.contiguous().view(-1)
+            level = self._level(self.draft(ids_B, level.hidden_BD, step))
             tokens.append(level.token_B1)
             scores.append(scores[-1] + level.logprob_B1)
             lengths_B = lengths_B + 1

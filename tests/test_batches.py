@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aerie.eagle3.generate import Decoding, Decodings, generate
-from aerie.eagle3.policies import Chain
+from aerie.eagle3.policies import Chain, StaticTree
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.sequences import Request
@@ -174,3 +174,15 @@ def test_lists_must_fit_the_prompts():
     with pytest.raises(ValueError, match="max_batch_size: at least 1"):
         generate(target, [[1], [2]], 4, max_batch_size=0)
     assert len(generate(target, [[1], [2]], 4)) == 2
+
+
+def test_triton_backend():
+    """Strided columns, row starts and paths of several sequences, in the interpreted kernels."""
+    eager, triton = (random_target(9, kind, num_hidden_layers=4) for kind in ("eager", "triton"))
+    prompts = [[3, 4], [5], [6, 7, 8]]
+    expected = [generate(eager, prompt, 4, eos_token_ids=()).tokens for prompt in prompts]
+    tree = StaticTree([[0], [1], [1, 0]])
+    draft = random_draft(9, triton)
+    for policy in (Chain(1), tree):
+        found = generate(triton, prompts, 4, draft, eos_token_ids=(), policy=policy)
+        assert [result.tokens for result in found] == expected

@@ -13,10 +13,11 @@ import torch
 from aerie.assets.tiny_multimodal.checkpoint import TOKENS, VISION, new_model, randomise, save
 from aerie.eagle3 import engine as loop
 from aerie.eagle3.drafter import ChainDrafter
-from aerie.eagle3.generate import Decoding, Speculation, generate
+from aerie.eagle3.generate import Decoding, Decodings, generate
 from aerie.eagle3.policies import Chain, DynamicTree, StaticTree
 from aerie.eagle3.reading import Reading
 from aerie.eagle3.registry import load_draft
+from aerie.eagle3.rows import Pair
 from aerie.eagle3.sequences import Request
 from aerie.llama4.conditional_generation import Llama4ForConditionalGeneration
 from aerie.llama4.image_features import ImageFeatures
@@ -175,17 +176,14 @@ def test_images_stay_with_their_sequence(capacity, draft_input, target, draft, m
     ]
     assert alone[1][:9] != alone[2]
     for order in ([0, 1, 2, 3, 4], [3, 2, 4, 1, 0]):
-        passes = Speculation(model, ours, Chain(3), capacity, 64)
-        engine = loop.Engine(passes, passes.lag)
         requests = [
             Request.checked(model, prompts[i], counts[i], eos_token_ids=(), images=images[i])
             for i in order
         ]
-        decoded = [engine.add(request) for request in requests]
-        with torch.inference_mode():
-            while engine.has_work:
-                engine.step()
-        assert [one.tokens for one in decoded] == [alone[i] for i in order]
+        decodings = Decodings(Pair(model, ours, Chain(3)), requests, capacity)
+        for _ in decodings:
+            pass
+        assert [one.tokens for one in decodings.decoded] == [alone[i] for i in order]
 
 
 def test_greedy_ids_match_transformers(theirs, target):
