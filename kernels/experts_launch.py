@@ -8,12 +8,12 @@ measured on a GPU.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
+from aerie.kernels.arrivals import arrival_counters
 from aerie.kernels.expert_matrix import ExpertMatrix
 
 FEW_PAIRS = 64
@@ -134,19 +134,11 @@ def scale_strides(matrix: ExpertMatrix) -> tuple[int, int]:
     return matrix.scale.stride(0), matrix.scale.stride(1) if matrix.scale.shape[1] > 1 else 0
 
 
-def split_scratch(like: Tensor, slots: int, tiles: int, config: ProductConfig):
-    """Partials of every program and one arrival counter per tile; unread without a split.
-
-    The counters are zeroed once and every launch leaves them zero, so they are kept per stream. A
-    captured graph keeps the counters of its stream.
-    """
+def split_scratch(
+    like: Tensor, slots: int, tiles: int, config: ProductConfig
+) -> tuple[Tensor, Tensor]:
+    """Partials of every program and one arrival counter per tile; unread without a split."""
     if config.SPLITS == 1:
         return like, like
     size = slots * tiles * config.SPLITS * config.WIDE_T * config.BLOCK_N
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    return like.new_empty(size, dtype=torch.float32), _arrivals(like.device, stream)
-
-
-@cache
-def _arrivals(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+    return like.new_empty(size, dtype=torch.float32), arrival_counters(like, MOST_TILES)

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from aerie.kernels.arrivals import arrival_counters
 from aerie.kernels.backend import DTYPES
 
 FP8 = torch.float8_e4m3fn
@@ -96,28 +96,13 @@ def split_scratch(
 ) -> tuple[Tensor, Tensor]:
     """Partials of every program of `grid` and one arrival counter per tile; unread without a split.
 
-    The counters are zeroed once and every launch leaves them zero, so they are kept per stream:
-    launches of one stream follow each other. A launch that is captured gets its own, zeroed by the
-    graph: graphs are captured on one stream and replayed on any, in any order, and a zeroing that
-    only another graph holds may not have happened.
+    A split has fewer tiles than there are counters.
     """
     if not config.SPLIT:
         return x, x
     f_tiles, t_tiles, splits = grid[1], grid[0], grid[2]
     size = f_tiles * t_tiles * splits * (config.BLOCK_F + 1) * config.BLOCK_T
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    arrivals = _zeros(x.device) if is_captured else _arrivals(x.device, stream)
-    return x.new_empty(size, dtype=torch.float32), arrivals
-
-
-@cache
-def _arrivals(device: torch.device, stream: int) -> Tensor:
-    return _zeros(device)
-
-
-def _zeros(device: torch.device) -> Tensor:
-    return torch.zeros(2 * SMS, dtype=torch.int32, device=device)  # a split has fewer tiles
+    return x.new_empty(size, dtype=torch.float32), arrival_counters(x, 2 * SMS)
 
 
 def projected(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, scale: Tensor | None):

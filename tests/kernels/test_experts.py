@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aerie.kernels import experts_launch as launch
+from aerie.kernels.arrivals import arrival_counters
 from aerie.kernels.expert_matrix import ExpertMatrix
 from aerie.kernels.experts import (
     _experts_op,
@@ -122,7 +123,7 @@ def test_any_split_of_the_depth(shares, format, splits, device):
     check(x, routing, gate_up, down, shared)
     own = [part_of(matrix, slice(1, 3)) for matrix in (gate_up, down)]
     check(x[:5], Routing(routing.ids_TA[:5], routing.scores_TA[:5]), *own, shared[:5], 1)
-    assert x.is_cuda or launch._arrivals(x.device, 0).count_nonzero() == 0
+    assert arrival_counters(x, launch.MOST_TILES).count_nonzero() == 0
 
 
 def test_given_codes_are_used(device):
@@ -252,8 +253,49 @@ def test_launch_rules(is_fp8):
     assert launch.tile_pairs(64 * 16 + 1, 16, is_fp8) == (64 if is_fp8 else 128)
 
 
-def test_hopper_promotes_every_step():
-    """The FP8 units keep 14 bits of a sum: no more than 128 columns go into one."""
-    for pairs in (1, 64, 65, 4096):
-        config = _launch_config(pairs, 16, 5120, 8192, 2, True)
-        assert max(config.gate_up.BLOCK_K, config.down.BLOCK_K) <= 128
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["plain", "channel", "block"])
+def test_graph_capture(format, device):
+    """Replayed with other rows and another routing than it was captured with, twice."""
+    x, routing, gate_up, down, shared = make_inputs(Case(8, 1, 16, 1024, 512), format, device)
+    experts(x, routing, gate_up, down, shared)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = experts(x, routing, gate_up, down, shared)
+    for seed in (1, 2):
+        other = make_inputs(Case(8, 1, 16, 1024, 512), format, device, seed=seed)
+        for own, new in ((x, other[0]), (routing.ids_TA, other[1].ids_TA)):
+            own.copy_(new)
+        graph.replay()
+        assert same_bits(captured, experts(x, routing, gate_up, down, shared))
+
+
+def hopper_sum(products_K: torch.Tensor, promoted_after: int) -> float:
+    """What an FP8 unit of Hopper adds up: 32 products at a time onto a sum of 14 bits, cut off;
+    every `promoted_after` products that sum is added in float32 and starts again."""
+
+    def cut(value: torch.Tensor) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(value)
+        return torch.ldexp(torch.trunc(mantissa * 2**14), exponent - 14)
+
+    total = torch.zeros((), dtype=torch.float32)
+    for part in products_K.double().split(promoted_after):
+        partial = torch.zeros((), dtype=torch.float64)
+        for added in part.split(32):
+            partial = cut(partial + added.sum())
+        total += partial.float()
+    return total.item()
+
+
+@pytest.mark.parametrize("pairs", [1, 64, 65, 4096])
+def test_promotion_bounds_the_error_on_hopper(pairs):
+    """Each of the sums cuts off less than 2^-13 of itself; 8192 columns in one lose far more."""
+    config = _launch_config(pairs, 16, 5120, 8192, 2, True)
+    codes = normal((2, 8192), torch.float32, "cpu").abs().to(FP8).double()
+    products = codes[0] * codes[1]  # of one sign: the sum grows, and with it what is cut off
+    truth = products.sum().item()
+    for product in (config.gate_up, config.down):
+        bound = product.BLOCK_K // 32 * 2**-13 + 8192 / product.BLOCK_K * 2**-24
+        assert bound < 5e-4
+        assert abs(hopper_sum(products, product.BLOCK_K) - truth) <= bound * truth
+        assert abs(hopper_sum(products, 8192) - truth) > 8 * bound * truth
