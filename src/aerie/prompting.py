@@ -57,7 +57,9 @@ def prepare(
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not images:
         return Prompt(tokenizer.encode(text, add_special_tokens=False).ids)
-    as_text = {"add_special_tokens": not chat}  # the chat format begins with its own BOS
+    from transformers.processing_utils import TextKwargs
+
+    as_text = TextKwargs(add_special_tokens=not chat)  # the chat format begins with its own BOS
     encoded = processor(images=list(images), text=text, text_kwargs=as_text)
     return Prompt(list(encoded["input_ids"][0]), torch.as_tensor(encoded["pixel_values"]))
 

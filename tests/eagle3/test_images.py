@@ -13,12 +13,11 @@ import torch
 from aerie.assets.tiny_multimodal.checkpoint import TOKENS, VISION, new_model, randomise, save
 from aerie.eagle3 import engine as loop
 from aerie.eagle3.drafter import ChainDrafter
-from aerie.eagle3.generate import Decoding, Decodings, generate
+from aerie.eagle3.generate import Decoding, generate
 from aerie.eagle3.policies import Chain, DynamicTree, StaticTree
 from aerie.eagle3.reading import Reading
 from aerie.eagle3.registry import load_draft
-from aerie.eagle3.rows import Pair
-from aerie.eagle3.sequences import Request
+from aerie.eagle3.sampling import SamplingParams
 from aerie.llama4.conditional_generation import Llama4ForConditionalGeneration
 from aerie.llama4.image_features import ImageFeatures
 
@@ -166,24 +165,27 @@ def test_images_stay_with_their_sequence(capacity, draft_input, target, draft, m
     other.
     """
     monkeypatch.setattr(loop, "PREFILL_ROWS", 6)
-    ours, model = draft(draft_input), target.get_language_model()
+    ours = draft(draft_input)
     prompts = [TEXT, PROMPTS["middle"], PROMPTS["middle"], PROMPTS["two in a row"], TEXT[::-1]]
     images = [images_of(target, prompt)[1] if IMAGE in prompt else None for prompt in prompts]
-    counts = [3, 14, 9, 12, 17]
+    params = [SamplingParams(max_tokens=count) for count in (3, 14, 9, 12, 17)]
     alone = [
-        generate(target, prompt, count, images=image, eos_token_ids=()).tokens
-        for prompt, image, count in zip(prompts, images, counts, strict=True)
+        generate(target, prompt, images=image, sampling=own, eos_token_ids=()).tokens
+        for prompt, image, own in zip(prompts, images, params, strict=True)
     ]
     assert alone[1][:9] != alone[2]
     for order in ([0, 1, 2, 3, 4], [3, 2, 4, 1, 0]):
-        requests = [
-            Request.checked(model, prompts[i], counts[i], eos_token_ids=(), images=images[i])
-            for i in order
-        ]
-        decodings = Decodings(Pair(model, ours, Chain(3)), requests, capacity)
-        for _ in decodings:
-            pass
-        assert [one.tokens for one in decodings.decoded] == [alone[i] for i in order]
+        together = generate(
+            target,
+            [prompts[i] for i in order],
+            draft=ours,
+            num_speculative_tokens=3,
+            eos_token_ids=(),
+            sampling=[params[i] for i in order],
+            images=[images[i] for i in order],
+            max_batch_size=capacity,
+        )
+        assert [one.tokens for one in together] == [alone[i] for i in order]
 
 
 def test_greedy_ids_match_transformers(theirs, target):

@@ -17,7 +17,6 @@ from torch.nn.functional import silu
 
 from aerie.assets.build.draft_attention import DraftAttention, RowCache
 from aerie.assets.build.draft_shape import DraftShape
-from aerie.assets.build.model import Llama4
 from aerie.assets.build.tokenizer import EOS_ID
 
 
@@ -103,12 +102,12 @@ def frequent_ids(texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 @torch.no_grad()
-def start_as_head(draft: Draft, model: Llama4) -> None:
-    """Begin as the target's head on its highest tap."""
+def start_as_head(draft: Draft, head_VD: Tensor, gain_D: Tensor) -> None:
+    """Begin as the target's head, behind its last norm, on its highest tap."""
     width = draft.shape.hidden_size
     draft.fc.weight.mul_(0.1)
-    draft.fc.weight[:, -width:] += torch.eye(width, device=model.device)
+    draft.fc.weight[:, -width:] += torch.eye(width, device=head_VD.device)
     draft.midlayer.self_attn.o_proj.weight.mul_(0.3)
     draft.midlayer.mlp.down_proj.weight.mul_(0.3)
-    draft.lm_head.weight.copy_(model.lm_head.weight[draft.kept_U])
-    draft.norm.weight.copy_(model.model.norm.weight)
+    draft.lm_head.weight.copy_(head_VD[draft.kept_U])
+    draft.norm.weight.copy_(gain_D)

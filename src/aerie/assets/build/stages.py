@@ -65,7 +65,7 @@ class Rebuild:
         model = new_target(self.device)
         model.load_state_dict(self._left("alone"))
         draft = Draft(frequent_ids(self._topics())).to(self.device)
-        start_as_head(draft, model)
+        start_as_head(draft, model.lm_head.weight, model.model.norm.weight)
         self._train(TOGETHER, model, draft, None)
         self._leave("together", _joined(model, draft))
 

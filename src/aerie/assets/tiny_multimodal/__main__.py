@@ -13,7 +13,7 @@ import torch
 from aerie.assets.build.checkpoint import save_draft
 from aerie.assets.tiny_multimodal.checkpoint import save
 from aerie.assets.tiny_multimodal.comparison import measure, table
-from aerie.assets.tiny_multimodal.task import picture
+from aerie.assets.tiny_multimodal.task import SIDE, picture
 from aerie.assets.tiny_multimodal.training import INPUTS, train_draft, train_target
 
 PICTURES = (("red", "blue", "white", "green"), ("yellow", "yellow", "black", "purple"))
@@ -50,8 +50,7 @@ def _save_pictures(out: Path) -> None:
     random = torch.Generator().manual_seed(0)
     for names in PICTURES:
         pixels = picture(names, random).permute(1, 2, 0).contiguous()
-        image = Image.frombytes("RGB", pixels.shape[1::-1], pixels.numpy().tobytes())
-        image.save(out / f"{names[0]}.png")
+        Image.frombytes("RGB", (SIDE, SIDE), pixels.numpy().tobytes()).save(out / f"{names[0]}.png")
 
 
 if __name__ == "__main__":

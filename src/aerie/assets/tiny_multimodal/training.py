@@ -58,7 +58,8 @@ def train_draft(
     """A new draft that is shown image features, or only the placeholders' embeddings."""
     torch.manual_seed(seed + 1)
     draft = Draft(torch.arange(SHAPE.vocab_size), SHAPE)
-    start_as_head(draft, model.language_model)
+    text = model.language_model
+    start_as_head(draft, text.lm_head.weight, text.model.norm.weight)
     optimizer = Optimizer([draft])
     for step, batch in _batches(seed + 1, steps):
         out = model(batch.ids, pixel_values=batch.pixel_values, output_hidden_states=True)
