@@ -37,6 +37,7 @@ from aerie.kernels.stream_launch import (
     stream_config,
     streamed,
 )
+from aerie.kernels.target import Target, target_of
 from aerie.kernels.weight_stream import JOINT_NORM, NO_NORM, SEGMENT_NORM
 
 
@@ -81,6 +82,7 @@ def aux_projection_ref(
 
 
 def _launch_config(
+    target: Target,
     rows: int,
     features: int,
     width: int,
@@ -91,7 +93,7 @@ def _launch_config(
 ) -> LaunchConfig:
     """The shared rule with a tap as a segment: three taps of 5120 to 5120 are 240 programs."""
     return stream_config(
-        rows, features, width, num_taps, itemsize, weight_itemsize, through_registers
+        target, rows, features, width, num_taps, itemsize, weight_itemsize, through_registers
     )
 
 
@@ -110,9 +112,11 @@ def _aux_projection_op(
     check_launchable(x)
     (rows, width), features = x.shape, weight.shape[0]
     out_TF = x.new_empty((rows, features))
+    through_registers = bool(residuals or gains)
     config = _launch_config(
-        rows, features, width, len(taps), x.itemsize, weight.itemsize, bool(residuals or gains)
-    )
+        target_of(x), rows, features, width, len(taps), x.itemsize, weight.itemsize,
+        through_registers,
+    )  # fmt: skip
     weight = streamed(weight, width)
     splits = config.PARTS * len(taps) if config.SPLIT else 1
     grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), splits)

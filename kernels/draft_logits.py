@@ -30,6 +30,7 @@ from aerie.kernels.stream_launch import (
     stream_config,
     streamed,
 )
+from aerie.kernels.target import Target, target_of
 from aerie.kernels.weight_stream import (
     block_row_ptr,
     reciprocal_rms,
@@ -129,18 +130,22 @@ def _draft_logits_kernel(
     tl.store(logits_ptr + t * U + u, logits, mask=(t < T) & (u < U))
 
 
-def head_config(rows: int, vocabulary: int, itemsize: int, head_itemsize: int) -> LaunchConfig:
+def head_config(
+    target: Target, rows: int, vocabulary: int, itemsize: int, head_itemsize: int
+) -> LaunchConfig:
     """The tile of `weight_stream`, half as deep at 64 columns, where the norm and an FP8 head or
     the keys of `draft_vocab` would not fit the registers beside a deeper one.
 
     Depth 0 asks the rule for no split: a head has tiles for every SM. Not yet measured on a GPU.
     """
-    config = stream_config(rows, vocabulary, 0, 1, itemsize, head_itemsize)
+    config = stream_config(target, rows, vocabulary, 0, 1, itemsize, head_itemsize)
     return config if config.BLOCK_T < 64 else replace(config, BLOCK_D=min(64, config.BLOCK_D))
 
 
-def _launch_config(rows: int, vocabulary: int, itemsize: int, head_itemsize: int) -> LaunchConfig:
-    return head_config(rows, vocabulary, itemsize, head_itemsize)
+def _launch_config(
+    target: Target, rows: int, vocabulary: int, itemsize: int, head_itemsize: int
+) -> LaunchConfig:
+    return head_config(target, rows, vocabulary, itemsize, head_itemsize)
 
 
 @torch.library.custom_op("aerie::draft_logits", mutates_args=())
@@ -158,7 +163,7 @@ def _draft_logits_op(
     if logits_TU.numel() == 0:
         return logits_TU
     head, head_itemsize = streamed(head, width), head.itemsize
-    config = _launch_config(rows, vocabulary, hidden.itemsize, head_itemsize)
+    config = _launch_config(target_of(hidden), rows, vocabulary, hidden.itemsize, head_itemsize)
     _draft_logits_kernel[
         (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(vocabulary, config.BLOCK_F))
     ](

@@ -36,6 +36,7 @@ from aerie.kernels.stream_launch import (
     scale_stride,
     streamed,
 )
+from aerie.kernels.target import Target, target_of
 
 MAX_K = 16
 
@@ -120,12 +121,14 @@ def _draft_vocab_kernel(
         tl.store(best_ptr, best, mask=t < T)
 
 
-def _launch_config(rows: int, vocabulary: int, itemsize: int, head_itemsize: int) -> LaunchConfig:
+def _launch_config(
+    target: Target, rows: int, vocabulary: int, itemsize: int, head_itemsize: int
+) -> LaunchConfig:
     """The tile of `draft_logits` for up to 64 rows at a time: more keys do not fit the registers.
 
     Not yet measured on a GPU.
     """
-    return head_config(min(rows, 64), vocabulary, itemsize, head_itemsize)
+    return head_config(target, min(rows, 64), vocabulary, itemsize, head_itemsize)
 
 
 @torch.library.custom_op("aerie::draft_vocab", mutates_args=())
@@ -142,7 +145,7 @@ def _draft_vocab_op(
     check_launchable(hidden)
     (rows, width), vocabulary = hidden.shape, head.shape[0]
     head, head_itemsize = streamed(head, width), head.itemsize
-    config = _launch_config(rows, vocabulary, hidden.itemsize, head_itemsize)
+    config = _launch_config(target_of(hidden), rows, vocabulary, hidden.itemsize, head_itemsize)
     num_tiles = triton.cdiv(vocabulary, config.BLOCK_F)
     keys = hidden.new_empty((rows, k, num_tiles), dtype=torch.int64)
     sums = hidden.new_empty((rows, num_tiles), dtype=torch.float32)

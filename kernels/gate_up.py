@@ -28,6 +28,7 @@ from aerie.kernels.stream_launch import (
     streamed,
 )
 from aerie.kernels.swiglu import swiglu_halves_ref
+from aerie.kernels.target import Target, target_of
 from aerie.kernels.weight_stream import (
     NO_NORM,
     OFF,
@@ -109,10 +110,10 @@ def _gate_up_kernel(
 
 
 def _launch_config(
-    rows: int, width: int, depth: int, itemsize: int, weight_itemsize: int
+    target: Target, rows: int, width: int, depth: int, itemsize: int, weight_itemsize: int
 ) -> LaunchConfig:
     """The shared rule for 2F weight rows: 8192 columns are 256 programs. Not yet measured."""
-    return stream_config(rows, 2 * width, depth, 1, itemsize, weight_itemsize)
+    return stream_config(target, rows, 2 * width, depth, 1, itemsize, weight_itemsize)
 
 
 @torch.library.custom_op("aerie::gate_up", mutates_args=())
@@ -120,7 +121,7 @@ def _gate_up_op(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     check_launchable(x)
     (rows, depth), width = x.shape, weight.shape[0] // 2
     y_TF = x.new_empty(rows, width)
-    config = _launch_config(rows, width, depth, x.itemsize, weight.itemsize)
+    config = _launch_config(target_of(x), rows, width, depth, x.itemsize, weight.itemsize)
     weight = streamed(weight, depth)
     tiles = triton.cdiv(width, config.BLOCK_F // 2)
     grid = (triton.cdiv(rows, config.BLOCK_T), tiles, config.PARTS)

@@ -28,6 +28,7 @@ from aerie.kernels.stream_launch import (
     stream_config,
     streamed,
 )
+from aerie.kernels.target import Target, target_of
 from aerie.kernels.weight_stream import (
     NO_NORM,
     OFF,
@@ -103,10 +104,10 @@ def _linear_kernel(
 
 
 def _launch_config(
-    rows: int, features: int, depth: int, itemsize: int, weight_itemsize: int
+    target: Target, rows: int, features: int, depth: int, itemsize: int, weight_itemsize: int
 ) -> LaunchConfig:
     """The shared rule: a width of 5120 splits its depth in three, 32000 not. Not yet measured."""
-    return stream_config(rows, features, depth, 1, itemsize, weight_itemsize)
+    return stream_config(target, rows, features, depth, 1, itemsize, weight_itemsize)
 
 
 @torch.library.custom_op("aerie::linear", mutates_args=())
@@ -114,7 +115,7 @@ def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | N
     check_launchable(x)
     (rows, depth), features = x.shape, weight.shape[0]
     y_TF = x.new_empty(rows, features)
-    config = _launch_config(rows, features, depth, x.itemsize, weight.itemsize)
+    config = _launch_config(target_of(x), rows, features, depth, x.itemsize, weight.itemsize)
     weight = streamed(weight, depth)
     grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), config.PARTS)
     if y_TF.numel() > 0:

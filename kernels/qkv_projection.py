@@ -34,6 +34,7 @@ from aerie.kernels.stream_launch import (
     stream_config,
     streamed,
 )
+from aerie.kernels.target import Target, target_of
 from aerie.kernels.weight_stream import (
     OFF,
     ON,
@@ -140,10 +141,10 @@ def _qkv_projection_kernel(
 
 
 def _launch_config(
-    rows: int, features: int, width: int, itemsize: int, weight_itemsize: int
+    target: Target, rows: int, features: int, width: int, itemsize: int, weight_itemsize: int
 ) -> LaunchConfig:
     """The shared rule with two segments: 2 x 5120 to 7168 are 224 programs. Not yet measured."""
-    return stream_config(rows, features, width, 2, itemsize, weight_itemsize, True)
+    return stream_config(target, rows, features, width, 2, itemsize, weight_itemsize, True)
 
 
 @torch.library.custom_op("aerie::qkv_projection", mutates_args=())
@@ -161,7 +162,9 @@ def _qkv_projection_op(
     check_launchable(hidden)
     (rows, width), features = hidden.shape, weight.shape[0]
     y_TF = hidden.new_empty(rows, features)
-    config = _launch_config(rows, features, width, hidden.itemsize, weight.itemsize)
+    config = _launch_config(
+        target_of(hidden), rows, features, width, hidden.itemsize, weight.itemsize
+    )
     weight = streamed(weight, width)
     splits = 2 * config.PARTS if config.SPLIT else 1
     grid = (triton.cdiv(rows, config.BLOCK_T), triton.cdiv(features, config.BLOCK_F), splits)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from aerie.kernels.arrivals import arrival_counters
 from aerie.kernels.backend import DTYPES
+from aerie.kernels.target import Target
 
 FP8 = torch.float8_e4m3fn
 SCALE_BLOCK = 128  # rows and columns of a weight that share one scale, in the block format
 SMS = 132  # of an H100 or H200; other GPUs get a slightly worse split, never a wrong result
-MAX_STAGES = 2 if torch.version.hip else 6  # AMD's local memory holds 64 KB
 FILL = 8  # steps of depth that starting and draining a pipeline costs, an estimate
 CACHED_BYTES = 1 << 19  # half of the second-level cache of a server's core
 
@@ -38,6 +38,7 @@ class LaunchConfig:
 
 
 def stream_config(
+    target: Target,
     rows: int,
     features: int,
     depth: int,
@@ -53,6 +54,8 @@ def stream_config(
     SM: three steps outstanding are 96 KB, two are 64 KB (FP8: five are 80 KB, three 48 KB). More
     rows are bound by arithmetic: 128 x 128. float32 has no tensor cores here, so its tiles are
     small; `through_registers` says that rows are added or normed on their way, which takes room.
+    Registers: with "mma" 64 rows take eight warps; with "tcgen05" 64 rows of FP8 take half of the
+    depth, and a prompt one step more in flight, behind which fewer values wait in registers.
     Computed from shapes and compiled without spills; not yet measured on a GPU.
     """
     wide, is_fp8 = rows > 64 and itemsize == 2, weight_itemsize == 1
@@ -62,7 +65,9 @@ def stream_config(
     if itemsize == 4:
         block_d, stages = 32, 4
     elif wide:
-        block_d, stages = 64, 3
+        block_d, stages = 64, 4 if target.unit == "tcgen05" else 3
+    elif target.unit == "tcgen05" and is_fp8 and block_t == 64:
+        block_d, stages = 64, 6
     else:
         block_d = 64 if through_registers and block_t > 16 else 128
         stages = (
@@ -70,11 +75,12 @@ def stream_config(
             if is_fp8
             else (4 if block_t < 32 or through_registers else 3)
         )
-    warps = 8 if wide or (itemsize == 4 and block_t > 16) else 4
+    widest = 16 if itemsize == 4 else 32 if target.unit == "mma" else 64  # of four warps
+    warps = 8 if wide or block_t > widest else 4
     programs = triton.cdiv(features, block_f) * triton.cdiv(rows, block_t)
     splits = _splits(programs, triton.cdiv(depth, block_d), segments, per_sm * SMS)
     parts, split = max(1, splits // segments), splits > 1
-    stages = min(stages, MAX_STAGES)
+    stages = min(stages, target.most_stages)
     return LaunchConfig(block_f, block_t, block_d, parts, split, warps, stages)
 
 

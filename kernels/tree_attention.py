@@ -29,7 +29,8 @@ import triton
 from torch import Tensor
 
 from aerie.kernels.backend import check_launchable, rounded, widened
-from aerie.kernels.stream_launch import MAX_STAGES, scale_stride
+from aerie.kernels.stream_launch import scale_stride
+from aerie.kernels.target import Target, target_of
 from aerie.kernels.tree_attention_checks import (
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
@@ -127,19 +128,25 @@ class LaunchConfig:
     num_stages: int
 
 
-def _launch_config(max_rows: int, ratio: int, head_dim: int, itemsize: int) -> LaunchConfig:
-    """64 packed rows by 64 keys; 16 by 32 in float32, whose products take many registers.
+def _launch_config(
+    target: Target, max_rows: int, ratio: int, head_dim: int, itemsize: int
+) -> LaunchConfig:
+    """64 packed rows by 64 keys; 16 in float32, whose products take many registers.
 
     Fewer than 64 rows take the same tile: Hopper multiplies 64 at a time, keys and not arithmetic
     are the limit then, and a row gets the same bits whether it is decoded alone or verified with
-    others. Two programs share an SM. No tile spills on sm_90; not yet measured on a GPU.
+    others. Four warps let two programs share an SM; eight where four spill registers: with "mma"
+    all operands lie in them, with "tcgen05" whole tiles of scores pass through them, which heads of
+    64 compile badly. Not yet measured on a GPU.
     """
     block_k = max(16, triton.next_power_of_2(head_dim))
-    if itemsize == 4:
-        m_tiles = triton.cdiv(max_rows * ratio, 16)
-        return LaunchConfig(m_tiles, 16, 32, block_k, num_warps=8, num_stages=2)
     m_tiles = triton.cdiv(max_rows * ratio, 64)
-    return LaunchConfig(m_tiles, 64, 64, block_k, num_warps=4, num_stages=min(3, MAX_STAGES))
+    if itemsize == 4:
+        return LaunchConfig(m_tiles, 64, 16, block_k, num_warps=8, num_stages=2)
+    is_narrow = target.unit == "tcgen05" and block_k <= 64
+    warps = 8 if is_narrow or target.unit == "mma" else 4
+    stages = min(4 if is_narrow else 3, target.most_stages)
+    return LaunchConfig(m_tiles, 64, 64, block_k, warps, stages)
 
 
 @torch.library.custom_op("aerie::tree_attention", mutates_args=())
@@ -163,7 +170,7 @@ def _tree_attention_op(
     (num_rows, heads, head_dim), sequences = q.shape, prefix_lengths.numel()
     _, page_size, kv_heads, _ = k_cache.shape
     ratio, capacity = heads // kv_heads, page_table.shape[1] * page_size
-    config = _launch_config(max_rows, ratio, head_dim, q.element_size())
+    config = _launch_config(target_of(q), max_rows, ratio, head_dim, q.element_size())
     groups, m_tiles = kv_heads * sequences, config.m_tiles
     splits = num_splits or split_count(m_tiles, groups, capacity, chunk_size, max_rows)
     if num_rows == 0 or sequences == 0:

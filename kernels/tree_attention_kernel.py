@@ -60,6 +60,7 @@ def _tree_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    EDGE_N: tl.constexpr = max(16, BLOCK_N // 2)  # the least that a product takes
     head, b = (tl.program_id(1) % G).to(tl.int64), (tl.program_id(1) // G).to(tl.int64)
     row_start = tl.load(row_starts_ptr + b).to(tl.int64)
     num_rows = (tl.load(row_starts_ptr + b + 1) - row_start).to(tl.int32)
@@ -87,12 +88,13 @@ def _tree_attention_kernel(
         if CHUNK_SIZE > 0:
             word = words_in_chunk(word, lowest, positions_ptr + row_start, num_rows)
 
-    q_offset = row * stride_qt + h * stride_qh
+    q_row_ptr = q_ptr + (row * stride_qt + h * stride_qh)[:, None]
     in_rows = is_row[:, None] & (k < K)[None, :]
-    q = tl.load(q_ptr + q_offset[:, None] + k[None, :], mask=in_rows, other=0.0)
+    q = tl.load(q_row_ptr + k[None, :], mask=in_rows, other=0.0)
     factor = tl.full([BLOCK_M], LOG2_E, tl.float32) * scale
     if HAS_SCALES:
         q, factor = fitted(q, factor * tl.load(k_scale_ptr + head * stride_ks))
+    query = (q, factor, q_row_ptr, is_row[:, None])
     k_ptr, v_ptr = k_cache_ptr + head * K, v_cache_ptr + head * K
     pages_ptr = page_table_ptr + b * stride_pb
     state = (
@@ -101,18 +103,18 @@ def _tree_attention_kernel(
         tl.zeros([BLOCK_M], tl.float32),
     )
     state = attend_full(
-        q, factor, state, k_ptr, v_ptr, pages_ptr, full_from, full_to, G * K,
+        query, state, k_ptr, v_ptr, pages_ptr, full_from, full_to, G * K,
         K, PAGE_SIZE, KV_POLICY, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     full_length = tl.maximum(full_to - full_from, 0)
     state, is_spoilt = attend_edges(
-        q, factor, state, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first, last, begin, end,
-        full_from, full_length, G * K, K, PAGE_SIZE, HAS_ANCESTORS, BLOCK_N // 2, BLOCK_K,
+        query, state, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first, last, begin, end,
+        full_from, full_length, G * K, K, PAGE_SIZE, HAS_ANCESTORS, EDGE_N, BLOCK_K,
     )  # fmt: skip
     accumulator, maximum, total = state
     accumulator = add_spoilt(
-        accumulator, maximum, q, factor, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first,
-        last, begin, tl.where(is_spoilt, end, begin + full_length), full_from, full_length, G * K,
+        query, accumulator, maximum, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first, last,
+        begin, tl.where(is_spoilt, end, begin + full_length), full_from, full_length, G * K,
         K, PAGE_SIZE, HAS_ANCESTORS, SPOILT_KEYS, BLOCK_K,
     )  # fmt: skip
     out = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -33,22 +33,59 @@ def fitted(q, factor):
 
 
 @triton.jit
-def _pages(pages_ptr, start, read, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pages of the keys of the tile at logical slot `start`, of those that are `read`."""
-    return tl.load(pages_ptr + (start + tl.arange(0, BLOCK_N)) // PAGE_SIZE, mask=read, other=0)
+def _pages(pages_ptr, start, last, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pages of the keys of the tile at logical slot `start`; one page, where it holds them all.
+
+    Only entries of slots before `last` are looked up.
+    """
+    # tiles start at multiples of BLOCK_N, and both sizes are powers of two
+    slot = start if BLOCK_N <= PAGE_SIZE else start + tl.arange(0, BLOCK_N)
+    return tl.load(pages_ptr + slot // PAGE_SIZE, mask=slot < last, other=0)
 
 
 @triton.jit
 def _offsets(page, start, stride_slot, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    inside = (start + tl.arange(0, BLOCK_N)) % PAGE_SIZE
+    n = tl.arange(0, BLOCK_N)
+    inside = start % PAGE_SIZE + n if BLOCK_N <= PAGE_SIZE else (start + n) % PAGE_SIZE
     return (page.to(tl.int64) * PAGE_SIZE + inside) * stride_slot
 
 
 @triton.jit
-def _softmax_step(q, key, factor, visible, state):
+def _loaded(at, mask, IS_MASKED: tl.constexpr, KV_POLICY: tl.constexpr):
+    if IS_MASKED:
+        return tl.load(at, mask, 0.0, eviction_policy=KV_POLICY)  # pyright: ignore[reportArgumentType]
+    return tl.load(at, eviction_policy=KV_POLICY)  # pyright: ignore[reportArgumentType]
+
+
+@triton.jit
+def _scores(
+    query, key_ptr, read, K: tl.constexpr, KV_POLICY: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_M, BLOCK_N] of the keys at `key_ptr` [BLOCK_N, 1]; `read` None: of all."""
+    q, factor, row_ptr, is_row = query
+    if q.dtype == tl.float32:
+        # without tensor cores a product holds both operands in registers: half a row at a time
+        SLICE: tl.constexpr = max(16, BLOCK_K // 2)
+        scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+        for start in tl.range(0, BLOCK_K, SLICE, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+            k = start + tl.arange(0, SLICE)[None, :]
+            in_head = k < K if read is None else read[:, None] & (k < K)
+            key = _loaded(key_ptr + k, in_head, read is not None or BLOCK_K != K, KV_POLICY)
+            part = tl.load(row_ptr + k, mask=is_row & (k < K), other=0.0)
+            scores = tl.dot(part, tl.trans(key.to(tl.float32)), scores, input_precision="ieee")
+    else:
+        k = tl.arange(0, BLOCK_K)[None, :]
+        in_head = k < K if read is None else read[:, None] & (k < K)
+        key = _loaded(key_ptr + k, in_head, read is not None or BLOCK_K != K, KV_POLICY)
+        scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")
+    return scores * factor[:, None]
+
+
+@triton.jit
+def _softmax_step(scores, visible, state):
     """Weights of the keys of one tile, and the state after it, less the product with the values."""
     accumulator, maximum, total = state
-    scores = tl.dot(q, tl.trans(key), input_precision="ieee") * factor[:, None]
     if visible is not None:
         scores = tl.where(visible, scores, -float("inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -61,15 +98,8 @@ def _softmax_step(q, key, factor, visible, state):
 
 
 @triton.jit
-def _key_tile(at, in_head, WHOLE: tl.constexpr, KV_POLICY: tl.constexpr):
-    if WHOLE:
-        return tl.load(at, eviction_policy=KV_POLICY)  # pyright: ignore[reportArgumentType]
-    return tl.load(at, in_head, 0.0, eviction_policy=KV_POLICY)  # pyright: ignore[reportArgumentType]
-
-
-@triton.jit
 def attend_full(
-    q, factor, state, k_ptr, v_ptr, pages_ptr, first, last, stride_slot,
+    query, state, k_ptr, v_ptr, pages_ptr, first, last, stride_slot,
     K: tl.constexpr, PAGE_SIZE: tl.constexpr, KV_POLICY: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -77,19 +107,16 @@ def attend_full(
 
     A tile's pages are looked up one tile ahead, so that its keys wait for one load and not for two.
     """
+    dtype: tl.constexpr = query[0].dtype
     k = tl.arange(0, BLOCK_K)[None, :]
-    page = _pages(
-        pages_ptr, first, first + tl.zeros([BLOCK_N], tl.int32) < last, PAGE_SIZE, BLOCK_N
-    )
+    page = _pages(pages_ptr, first, last, PAGE_SIZE, BLOCK_N)
     for start in range(first, last, BLOCK_N):
-        offset = _offsets(page, start, stride_slot, PAGE_SIZE, BLOCK_N)[:, None] + k
-        is_next = start + BLOCK_N + tl.zeros([BLOCK_N], tl.int32) < last
-        page = _pages(pages_ptr, start + BLOCK_N, is_next, PAGE_SIZE, BLOCK_N)
-        key = _key_tile(k_ptr + offset, k < K, BLOCK_K == K, KV_POLICY)
-        value = _key_tile(v_ptr + offset, k < K, BLOCK_K == K, KV_POLICY)
-        weights, state = _softmax_step(q, key.to(q.dtype), factor, None, state)
-        value = value.to(q.dtype)
-        product = tl.dot(weights.to(q.dtype), value, state[0], input_precision="ieee")
+        offset = _offsets(page, start, stride_slot, PAGE_SIZE, BLOCK_N)[:, None]
+        page = _pages(pages_ptr, start + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
+        scores = _scores(query, k_ptr + offset, None, K, KV_POLICY, BLOCK_N, BLOCK_K)
+        value = _loaded(v_ptr + offset + k, k < K, BLOCK_K != K, KV_POLICY).to(dtype)
+        weights, state = _softmax_step(scores, None, state)
+        product = tl.dot(weights.to(dtype), value, state[0], input_precision="ieee")
         state = (product, state[1], state[2])
     return state
 
@@ -120,7 +147,7 @@ def _visible(word, t, lowest, prefix, start, HAS_ANCESTORS: tl.constexpr, BLOCK_
 
 @triton.jit
 def attend_edges(
-    q, factor, state, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first, last, begin, end,
+    query, state, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first, last, begin, end,
     full_from, full_length, stride_slot,
     K: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_ANCESTORS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,29 +157,30 @@ def attend_edges(
     Reads slots `first` to `last` only. Values that are not finite are left out; also returns
     whether there were any.
     """
+    dtype: tl.constexpr = query[0].dtype
     k = tl.arange(0, BLOCK_K)[None, :]
     spoilt = tl.zeros([BLOCK_N], tl.int32)
     for near in tl.range(begin, end - full_length, BLOCK_N, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         start = near + tl.where(near >= full_from, full_length, 0)
         slot = start + tl.arange(0, BLOCK_N)
         read = (slot >= first) & (slot < last)
-        page = _pages(pages_ptr, start, read, PAGE_SIZE, BLOCK_N)
-        offset = _offsets(page, start, stride_slot, PAGE_SIZE, BLOCK_N)[:, None] + k
-        key = tl.load(k_ptr + offset, mask=read[:, None] & (k < K), other=0.0).to(q.dtype)
-        value = tl.load(v_ptr + offset, mask=read[:, None] & (k < K), other=0.0).to(q.dtype)
+        page = _pages(pages_ptr, start, last, PAGE_SIZE, BLOCK_N)
+        offset = _offsets(page, start, stride_slot, PAGE_SIZE, BLOCK_N)[:, None]
+        scores = _scores(query, k_ptr + offset, read, K, "", BLOCK_N, BLOCK_K)
+        value = tl.load(v_ptr + offset + k, mask=read[:, None] & (k < K), other=0.0).to(dtype)
         visible = _visible(word, t, lowest, prefix, start, HAS_ANCESTORS, BLOCK_N)
-        weights, state = _softmax_step(q, key, factor, visible & read[None, :], state)
+        weights, state = _softmax_step(scores, visible & read[None, :], state)
         is_finite = tl.abs(value.to(tl.float32)) < float("inf")
         spoilt += tl.max((is_finite == 0).to(tl.int32), axis=1)
-        value = tl.where(is_finite, value, 0.0).to(q.dtype)
-        product = tl.dot(weights.to(q.dtype), value, state[0], input_precision="ieee")
+        value = tl.where(is_finite, value, 0.0).to(dtype)
+        product = tl.dot(weights.to(dtype), value, state[0], input_precision="ieee")
         state = (product, state[1], state[2])
     return state, tl.maximum(tl.max(spoilt, axis=0), 0) > 0
 
 
 @triton.jit
 def add_spoilt(
-    accumulator, maximum, q, factor, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first, last,
+    query, accumulator, maximum, k_ptr, v_ptr, pages_ptr, word, t, lowest, prefix, first, last,
     begin, end, full_from, full_length, stride_slot,
     K: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_ANCESTORS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -163,14 +191,12 @@ def add_spoilt(
     for near in tl.range(begin, end - full_length, BLOCK_N, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         start = near + tl.where(near >= full_from, full_length, 0)
         read = (start + n >= first) & (start + n < last)
-        page = _pages(pages_ptr, start, read, PAGE_SIZE, BLOCK_N)
+        page = _pages(pages_ptr, start, last, PAGE_SIZE, BLOCK_N)
         row_offset = _offsets(page, start, stride_slot, PAGE_SIZE, BLOCK_N)
-        loaded = read[:, None] & (k < K)[None, :]
-        key = tl.load(k_ptr + row_offset[:, None] + k[None, :], mask=loaded, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(key), input_precision="ieee") * factor[:, None]
+        scores = _scores(query, k_ptr + row_offset[:, None], read, K, "", BLOCK_N, BLOCK_K)
         weights = tl.exp2(scores - shift[:, None])
         visible = _visible(word, t, lowest, prefix, start, HAS_ANCESTORS, BLOCK_N) & read[None, :]
-        for i in range(BLOCK_N):
+        for i in range(tl.minimum(BLOCK_N, last - start)):  # a number that no compiler unrolls
             here = (n == i)[None, :]
             weight = tl.sum(tl.where(here, weights, 0.0), axis=1, keep_dims=True)
             sees = tl.maximum(tl.max(tl.where(here & visible, 1, 0), axis=1, keep_dims=True), 0)

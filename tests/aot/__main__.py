@@ -30,11 +30,11 @@ def print_rows(target: str, how: str, only: str) -> None:
     from tests.aot.calls import BETWEEN, CALLS, SIZES, kinds
     from tests.aot.launches import variants
     from tests.aot.machine_code import facts_of
-    from tests.aot.rules import TARGETS
+    from tests.aot.rules import CHOSEN_FOR, TARGETS
 
     record, today = Record.read(), date.today().toordinal()
     recorded = record.facts.get(target, {}) if record.is_current else {}
-    found = variants(CALLS, kinds(target), SIZES, BETWEEN, only)
+    found = variants(CALLS, kinds(target), SIZES, BETWEEN, CHOSEN_FOR[target], only)
     keys = [variant.fingerprint(TARGETS[target]) for variant in found]
     # under another version of Triton nothing is known, and the sample has to do
     is_new = {key: record.is_current and key not in recorded for key in keys}

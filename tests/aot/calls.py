@@ -297,7 +297,13 @@ def kv_scales(kind: str) -> dict[str, Tensor]:
 
 @op("_tree_attention_kernel", fp8=True)
 def tree_attention(rows: int, kind: str) -> None:
-    q, cache = floats(kind, rows, H, K), weight(kind, 64, 64, G, K)
+    head_dims = (128, 64) if kind != "fp16" and rows in (1, 8, 256) else (128,)
+    for head_dim in head_dims:  # 64: drafts of other families; fp16 compiles as bf16 does
+        attend(rows, kind, head_dim)
+
+
+def attend(rows: int, kind: str, head_dim: int) -> None:
+    q, cache = floats(kind, rows, H, head_dim), weight(kind, 64, 64, G, head_dim)
     is_tree = 1 < rows <= 64  # one row and prompts are chains
     step = _tree_attention.TreeRows(
         positions_T=integers(rows),
@@ -309,5 +315,5 @@ def tree_attention(rows: int, kind: str) -> None:
     )
     for chunk_size in (8192, None):  # the local and the global layers of Llama 4
         _tree_attention.tree_attention(
-            q, cache, cache, step, chunk_size, K**-0.5, **kv_scales(kind)
+            q, cache, cache, step, chunk_size, head_dim**-0.5, **kv_scales(kind)
         )

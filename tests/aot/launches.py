@@ -20,6 +20,8 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
+from aerie.kernels.target import Target
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 READER = hashlib.sha256(Path(__file__).with_name("machine_code.py").read_bytes()).hexdigest()
 TYPES = {
@@ -102,8 +104,8 @@ def variant_of(kernel, arguments: tuple, named: dict, kind: str) -> tuple[tuple,
 
 
 @contextmanager
-def recorded(found: dict[tuple, Variant], kind: str, rows: int) -> Iterator[None]:
-    """Launches inside add their variants to `found`."""
+def recorded(found: dict[tuple, Variant], kind: str, rows: int, target: Target) -> Iterator[None]:
+    """Launches inside, as for a GPU of `target`, add their variants to `found`."""
 
     def launcher(kernel, grid):
         def launch(*arguments, **named):
@@ -120,6 +122,8 @@ def recorded(found: dict[tuple, Variant], kind: str, rows: int) -> Iterator[None
             module = import_module(f"aerie.kernels.{path.stem}")
             if path.stem != "backend" and hasattr(module, "check_launchable"):
                 stack.enter_context(patch.object(module, "check_launchable", lambda x: None))
+            if hasattr(module, "target_of"):
+                stack.enter_context(patch.object(module, "target_of", lambda x: target))
         yield
 
 
@@ -128,6 +132,7 @@ def variants(
     kinds: Sequence[str],
     sizes: Sequence[int],
     between: Sequence[int],
+    target: Target,
     only: str = "",
 ) -> list[Variant]:
     """Every distinct variant that the calls of all ops launch, by kind and size class.
@@ -139,11 +144,11 @@ def variants(
         if only not in name:
             continue
         for rows in sizes:
-            with recorded(found, kind, rows):
+            with recorded(found, kind, rows, target):
                 calls[name](rows, kind)
         others: dict[tuple, Variant] = {}
         for rows in between:
-            with recorded(others, kind, rows):
+            with recorded(others, kind, rows, target):
                 calls[name](rows, kind)
         new = [f"{v.kernel} {kind} {v.rows}" for key, v in others.items() if key not in found]
         assert not new, f"no class of tests/aot/calls.py has {new}: add one to SIZES"

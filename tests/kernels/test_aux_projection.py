@@ -22,6 +22,7 @@ from aerie.kernels.aux_projection import (
     aux_projection,
     aux_projection_ref,
 )
+from aerie.kernels.target import HOPPER
 from tests.evidence import (
     assert_as_accurate,
     check_compiles,
@@ -210,7 +211,9 @@ def test_rejects_bad_arguments(device):
 @pytest.mark.parametrize(("itemsize", "weight_itemsize"), [(2, 2), (2, 1), (4, 4), (4, 1)])
 @pytest.mark.parametrize("rows", [1, 17, 64, 65, 1000])
 def test_launch_config(rows, itemsize, weight_itemsize, through_registers):
-    config = _launch_config(rows, 5120, 5120, 3, itemsize, weight_itemsize, through_registers)
+    config = _launch_config(
+        HOPPER, rows, 5120, 5120, 3, itemsize, weight_itemsize, through_registers
+    )
     assert 16 <= config.BLOCK_T <= 128
     stage = (config.BLOCK_F * weight_itemsize + config.BLOCK_T * itemsize) * config.BLOCK_D
     assert config.num_stages * stage <= 99 * 1024
@@ -218,6 +221,6 @@ def test_launch_config(rows, itemsize, weight_itemsize, through_registers):
 
 
 def test_three_taps_of_scout_are_one_wave():
-    config = _launch_config(1, 5120, 5120, 3, 2, 2, False)
+    config = _launch_config(HOPPER, 1, 5120, 5120, 3, 2, 2, False)
     assert (config.PARTS, config.SPLIT) == (1, True)
     assert 3 * 5120 // config.BLOCK_F <= 2 * stream_launch.SMS

@@ -18,6 +18,7 @@ from aerie.kernels.draft_logits import (
     draft_logits_ref,
 )
 from aerie.kernels.stream_launch import FP8
+from aerie.kernels.target import HOPPER
 from tests.evidence import (
     VAST,
     assert_as_accurate,
@@ -182,6 +183,6 @@ def test_rejects_bad_arguments(device):
 @pytest.mark.parametrize("rows", [1, 17, 4096])
 @pytest.mark.parametrize("itemsizes", [(2, 2), (4, 4), (2, 1), (4, 1)])
 def test_launch_config_does_not_split_the_depth(rows, vocabulary, itemsizes):
-    config = _launch_config(rows, vocabulary, *itemsizes)
+    config = _launch_config(HOPPER, rows, vocabulary, *itemsizes)
     assert (config.PARTS, config.SPLIT) == (1, False)
     assert config.BLOCK_T >= 16

@@ -21,6 +21,7 @@ from aerie.kernels.draft_vocab import (
     draft_vocab_ref,
 )
 from aerie.kernels.stream_launch import FP8
+from aerie.kernels.target import HOPPER
 from tests.evidence import (
     VAST,
     assert_as_accurate,
@@ -266,7 +267,7 @@ def test_rejects_bad_arguments(device):
 @pytest.mark.parametrize("rows", [1, 17, 1000])
 @pytest.mark.parametrize("itemsizes", [(2, 2), (4, 4), (2, 1), (4, 1)])
 def test_launch_config(rows, vocabulary, itemsizes):
-    config = _launch_config(rows, vocabulary, *itemsizes)
+    config = _launch_config(HOPPER, rows, vocabulary, *itemsizes)
     assert 16 <= config.BLOCK_T <= 64
     assert (config.PARTS, config.SPLIT) == (1, False)
     stage = config.BLOCK_D * (config.BLOCK_F * itemsizes[1] + config.BLOCK_T * itemsizes[0])

@@ -12,6 +12,7 @@ import torch
 from aerie.kernels import stream_launch
 from aerie.kernels.gate_up import _gate_up_op, _launch_config, gate_up, gate_up_ref
 from aerie.kernels.swiglu import swiglu_ref
+from aerie.kernels.target import HOPPER
 from tests.evidence import (
     assert_as_accurate,
     check_compiles,
@@ -147,7 +148,7 @@ def test_rejects_bad_arguments(device):
 @pytest.mark.parametrize(("itemsize", "weight_itemsize"), [(2, 2), (2, 1), (4, 4), (4, 1)])
 @pytest.mark.parametrize("rows", [1, 17, 64, 65, 1000])
 def test_launch_config(rows, itemsize, weight_itemsize):
-    config = _launch_config(rows, 8192, 5120, itemsize, weight_itemsize)
+    config = _launch_config(HOPPER, rows, 8192, 5120, itemsize, weight_itemsize)
     stage = (config.BLOCK_F * weight_itemsize + config.BLOCK_T * itemsize) * config.BLOCK_D
     assert config.num_stages * stage <= 99 * 1024
     assert config.PARTS == 1  # 256 programs without a split

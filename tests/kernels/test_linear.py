@@ -13,6 +13,7 @@ import triton.language as tl
 
 from aerie.kernels import stream_launch
 from aerie.kernels.linear import Linear, _launch_config, _linear_op, linear, linear_ref
+from aerie.kernels.target import HOPPER
 from aerie.kernels.weight_stream import column_scales
 from tests.evidence import (
     assert_as_accurate,
@@ -69,7 +70,7 @@ def test_any_split_of_the_depth(shares, splits, device, dtypes):
 
 def test_counters_are_kept_but_not_by_a_capture(monkeypatch):
     """On the CPU no graph is captured: what would be on a GPU is told to `split_scratch`."""
-    config = _launch_config(1, 5120, 5120, 2, 2)
+    config = _launch_config(HOPPER, 1, 5120, 5120, 2, 2)
 
     class OnGpu:
         is_cuda, device = True, torch.device("cpu")
@@ -214,7 +215,7 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
 @pytest.mark.parametrize(("itemsize", "weight_itemsize"), [(2, 2), (2, 1), (4, 4), (4, 1)])
 def test_launch_config(rows, itemsize, weight_itemsize):
     for features in (1, 64, 1024, 5120, 7168, 32000, 202048):
-        config = _launch_config(rows, features, 5120, itemsize, weight_itemsize)
+        config = _launch_config(HOPPER, rows, features, 5120, itemsize, weight_itemsize)
         assert min(config.BLOCK_F, config.BLOCK_T, config.BLOCK_D) >= 16  # the smallest tl.dot
         stage = (config.BLOCK_F * weight_itemsize + config.BLOCK_T * itemsize) * config.BLOCK_D
         assert config.num_stages * stage <= 99 * 1024  # two programs per SM; one where SMs have 99
@@ -225,6 +226,6 @@ def test_launch_config(rows, itemsize, weight_itemsize):
 
 
 def test_splits_fill_the_gpu():
-    assert _launch_config(1, 5120, 5120, 2, 2).PARTS == 3  # 80 tiles
-    assert _launch_config(64, 7168, 5120, 2, 1).PARTS == 2  # 112 tiles
-    assert _launch_config(1, 32000, 5120, 2, 2).PARTS == 1
+    assert _launch_config(HOPPER, 1, 5120, 5120, 2, 2).PARTS == 3  # 80 tiles
+    assert _launch_config(HOPPER, 64, 7168, 5120, 2, 1).PARTS == 2  # 112 tiles
+    assert _launch_config(HOPPER, 1, 32000, 5120, 2, 2).PARTS == 1

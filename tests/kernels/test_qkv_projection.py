@@ -18,6 +18,7 @@ from aerie.kernels.qkv_projection import (
     qkv_projection,
     qkv_projection_ref,
 )
+from aerie.kernels.target import HOPPER
 from tests.evidence import (
     assert_as_accurate,
     check_compiles,
@@ -171,7 +172,7 @@ def test_rejects_bad_arguments(device):
 @pytest.mark.parametrize(("itemsize", "weight_itemsize"), [(2, 2), (2, 1), (4, 4), (4, 1)])
 @pytest.mark.parametrize("rows", [1, 17, 64, 65, 1000])
 def test_launch_config(rows, itemsize, weight_itemsize):
-    config = _launch_config(rows, 7168, 5120, itemsize, weight_itemsize)
+    config = _launch_config(HOPPER, rows, 7168, 5120, itemsize, weight_itemsize)
     stage = (config.BLOCK_F * weight_itemsize + config.BLOCK_T * itemsize) * config.BLOCK_D
     assert config.num_stages * stage <= 99 * 1024
     assert rows > 64 or (config.PARTS, config.SPLIT) == (1, True)  # 2 x 112 programs

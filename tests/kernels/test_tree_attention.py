@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aerie.kernels.target import AMPERE, BLACKWELL, HOPPER, MI300
 from aerie.kernels.tree_attention import (
     MAX_TREE_ROWS,
     TreeRows,
@@ -406,9 +407,11 @@ def test_rejects_tables_the_kernel_would_misread(device):
 @pytest.mark.parametrize("max_rows", [1, 5, 64, 8192])
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_launch_config(max_rows, head_dim, itemsize):
-    config = _launch_config(max_rows, 5, head_dim, itemsize)
-    assert 16 <= config.BLOCK_M <= 64
+@pytest.mark.parametrize("target", [AMPERE, HOPPER, BLACKWELL, MI300], ids=lambda t: t.unit)
+def test_launch_config(max_rows, head_dim, itemsize, target):
+    config = _launch_config(target, max_rows, 5, head_dim, itemsize)
+    assert config.BLOCK_M * config.m_tiles >= 5 * max_rows
+    assert (config.m_tiles == 1) == (5 * max_rows <= 64)
     assert head_dim <= config.BLOCK_K <= 128
     stage = 2 * config.BLOCK_N * config.BLOCK_K * itemsize  # keys and values
-    assert config.num_stages * stage <= 150 * 1024
+    assert config.num_stages * stage <= (64 if target is MI300 else 150) * 1024

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from aerie.kernels.target import AMPERE, BLACKWELL, HOPPER, MI300
 from aerie.kernels.tree_attention import (
     TreeRows,
     _launch_config,
@@ -371,13 +372,14 @@ def _allocations(monkeypatch):
         (1, 255, 64),
     ],
 )
-@pytest.mark.parametrize("kind", ["fp16", "fp8"])
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "fp8"])
 def test_every_key_is_read_once_per_tile(num_rows, prefix, chunk_size, kind, device, monkeypatch):
     """What the plan counts is what the kernel loads, and the minimum up to 64 packed rows."""
     if device.type != "cpu":
         pytest.skip("counts loads in the interpreter")
     trees, scales, splits = [TREES["star"][:num_rows]], {}, 1
-    q, *caches, rows = _case(trees, [prefix], device, heads=(10, 2), dtype=torch.float16)
+    dtype = torch.float32 if kind == "fp32" else torch.float16
+    q, *caches, rows = _case(trees, [prefix], device, heads=(10, 2), dtype=dtype)
     if kind == "fp8":
         caches, one, splits = [x.to(FP8) for x in caches], torch.ones(1, device=device), 3
         scales = {"k_scale": one, "v_scale": one}
@@ -387,7 +389,7 @@ def test_every_key_is_read_once_per_tile(num_rows, prefix, chunk_size, kind, dev
         lambda: tree_attention(q, *caches, rows, chunk_size, SCALE, num_splits=splits, **scales),
     )
     keys = prefix + num_rows - (prefix - prefix % chunk_size if chunk_size else 0)
-    block_m = _launch_config(num_rows, 5, 16, 2).BLOCK_M
+    block_m = _launch_config(HOPPER, num_rows, 5, 16, q.itemsize).BLOCK_M
     itemsize = caches[0].itemsize
     assert moved == kv_bytes_read(5 * num_rows, block_m, keys, 2, 16, itemsize)
     minimum = keys * 2 * 2 * 16 * itemsize
@@ -411,7 +413,7 @@ def test_a_prompt_reads_its_chunks_and_allocates_its_output(chunk_size, device, 
         lambda: tree_attention(q, *caches, rows, chunk_size, SCALE, num_splits=1),
     )
     assert allocated == [q.shape]
-    tiles = range(0, num_rows, _launch_config(num_rows, 1, 16, 2).BLOCK_M)
+    tiles = range(0, num_rows, _launch_config(HOPPER, num_rows, 1, 16, 2).BLOCK_M)
     assert len(tiles) == 3
     firsts = [(prefix + t) // chunk_size * chunk_size if chunk_size else 0 for t in tiles]
     ends = [prefix + min(num_rows, t + tiles.step) for t in tiles]
@@ -419,12 +421,12 @@ def test_a_prompt_reads_its_chunks_and_allocates_its_output(chunk_size, device, 
     assert moved == keys * 2 * 16 * 2
 
 
-@pytest.mark.parametrize("itemsize", [2, 1], ids=["bf16 and fp16", "fp8"])
+@pytest.mark.parametrize("itemsize", [4, 2, 1], ids=["fp32", "bf16 and fp16", "fp8"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_plan_reads_each_byte_once_up_to_64_packed_rows(head_dim, itemsize):
-    """Queries are bfloat16 or float16; float32, no served dtype, packs 16 rows."""
+@pytest.mark.parametrize("target", [AMPERE, HOPPER, BLACKWELL, MI300], ids=lambda t: t.unit)
+def test_plan_reads_each_byte_once_up_to_64_packed_rows(target, head_dim, itemsize):
     for rows in range(1, 65):
-        block_m = _launch_config(rows, 5, head_dim, 2).BLOCK_M
+        block_m = _launch_config(target, rows, 5, head_dim, max(2, itemsize)).BLOCK_M
         moved = kv_bytes_read(5 * rows, block_m, 131072, 8, head_dim, itemsize)
         assert moved == -(-5 * rows // 64) * 131072 * 2 * 8 * head_dim * itemsize
 
