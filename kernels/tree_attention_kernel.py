@@ -60,7 +60,7 @@ def _tree_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    EDGE_N: tl.constexpr = max(16, BLOCK_N // 2)  # the least that a product takes
+    EDGE_N: tl.constexpr = max(16, BLOCK_N // 2)  # pyright: ignore
     head, b = (tl.program_id(1) % G).to(tl.int64), (tl.program_id(1) // G).to(tl.int64)
     row_start = tl.load(row_starts_ptr + b).to(tl.int64)
     num_rows = (tl.load(row_starts_ptr + b + 1) - row_start).to(tl.int32)

@@ -15,6 +15,8 @@ maximum and total of the online softmax, base 2.
 import triton
 import triton.language as tl
 
+PLAIN = tl.constexpr("")  # no policy for the cache
+
 
 @triton.jit
 def fitted(q, factor):
@@ -64,20 +66,21 @@ def _scores(
 ):  # fmt: skip
     """Scores [BLOCK_M, BLOCK_N] of the keys at `key_ptr` [BLOCK_N, 1]; `read` None: of all."""
     q, factor, row_ptr, is_row = query
+    IS_MASKED: tl.constexpr = read is not None or BLOCK_K != K  # pyright: ignore
     if q.dtype == tl.float32:
         # without tensor cores a product holds both operands in registers: half a row at a time
-        SLICE: tl.constexpr = max(16, BLOCK_K // 2)
+        SLICE: tl.constexpr = max(16, BLOCK_K // 2)  # pyright: ignore
         scores = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         for start in tl.range(0, BLOCK_K, SLICE, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
             k = start + tl.arange(0, SLICE)[None, :]
             in_head = k < K if read is None else read[:, None] & (k < K)
-            key = _loaded(key_ptr + k, in_head, read is not None or BLOCK_K != K, KV_POLICY)
+            key = _loaded(key_ptr + k, in_head, IS_MASKED, KV_POLICY)
             part = tl.load(row_ptr + k, mask=is_row & (k < K), other=0.0)
             scores = tl.dot(part, tl.trans(key.to(tl.float32)), scores, input_precision="ieee")
     else:
         k = tl.arange(0, BLOCK_K)[None, :]
         in_head = k < K if read is None else read[:, None] & (k < K)
-        key = _loaded(key_ptr + k, in_head, read is not None or BLOCK_K != K, KV_POLICY)
+        key = _loaded(key_ptr + k, in_head, IS_MASKED, KV_POLICY)
         scores = tl.dot(q, tl.trans(key.to(q.dtype)), input_precision="ieee")
     return scores * factor[:, None]
 
@@ -107,7 +110,7 @@ def attend_full(
 
     A tile's pages are looked up one tile ahead, so that its keys wait for one load and not for two.
     """
-    dtype: tl.constexpr = query[0].dtype
+    dtype = query[0].dtype
     k = tl.arange(0, BLOCK_K)[None, :]
     page = _pages(pages_ptr, first, last, PAGE_SIZE, BLOCK_N)
     for start in range(first, last, BLOCK_N):
@@ -157,7 +160,7 @@ def attend_edges(
     Reads slots `first` to `last` only. Values that are not finite are left out; also returns
     whether there were any.
     """
-    dtype: tl.constexpr = query[0].dtype
+    dtype = query[0].dtype
     k = tl.arange(0, BLOCK_K)[None, :]
     spoilt = tl.zeros([BLOCK_N], tl.int32)
     for near in tl.range(begin, end - full_length, BLOCK_N, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
@@ -166,7 +169,7 @@ def attend_edges(
         read = (slot >= first) & (slot < last)
         page = _pages(pages_ptr, start, last, PAGE_SIZE, BLOCK_N)
         offset = _offsets(page, start, stride_slot, PAGE_SIZE, BLOCK_N)[:, None]
-        scores = _scores(query, k_ptr + offset, read, K, "", BLOCK_N, BLOCK_K)
+        scores = _scores(query, k_ptr + offset, read, K, PLAIN, BLOCK_N, BLOCK_K)
         value = tl.load(v_ptr + offset + k, mask=read[:, None] & (k < K), other=0.0).to(dtype)
         visible = _visible(word, t, lowest, prefix, start, HAS_ANCESTORS, BLOCK_N)
         weights, state = _softmax_step(scores, visible & read[None, :], state)
@@ -193,7 +196,7 @@ def add_spoilt(
         read = (start + n >= first) & (start + n < last)
         page = _pages(pages_ptr, start, last, PAGE_SIZE, BLOCK_N)
         row_offset = _offsets(page, start, stride_slot, PAGE_SIZE, BLOCK_N)
-        scores = _scores(query, k_ptr + row_offset[:, None], read, K, "", BLOCK_N, BLOCK_K)
+        scores = _scores(query, k_ptr + row_offset[:, None], read, K, PLAIN, BLOCK_N, BLOCK_K)
         weights = tl.exp2(scores - shift[:, None])
         visible = _visible(word, t, lowest, prefix, start, HAS_ANCESTORS, BLOCK_N) & read[None, :]
         for i in range(tl.minimum(BLOCK_N, last - start)):  # a number that no compiler unrolls

@@ -297,8 +297,8 @@ def kv_scales(kind: str) -> dict[str, Tensor]:
 
 @op("_tree_attention_kernel", fp8=True)
 def tree_attention(rows: int, kind: str) -> None:
-    head_dims = (128, 64) if kind != "fp16" and rows in (1, 8, 256) else (128,)
-    for head_dim in head_dims:  # 64: drafts of other families; fp16 compiles as bf16 does
+    head_dims = (128, 64) if kind in ("bf16", "fp8") and rows in (1, 8, 256) else (128,)
+    for head_dim in head_dims:  # 64: as served; fp16 compiles as bf16 does
         attend(rows, kind, head_dim)
 
 
