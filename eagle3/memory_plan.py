@@ -76,6 +76,7 @@ class MemoryPlanner:
     target: Llama4Config
     draft: DraftPlan | None
     run: Run
+    vision: int = 0  # bytes of a tower in front of the target
     target_weights: Mapping[str, int] = field(init=False, compare=False)
     draft_weights: Mapping[str, int] = field(init=False, compare=False)
 
@@ -83,6 +84,7 @@ class MemoryPlanner:
         """Raises CheckpointError where the draft does not fit the target."""
         model = self.empty_target()
         weights = weight_bytes(model, self.run.dtype)
+        weights |= {"vision": self.vision} if self.vision else {}
         object.__setattr__(self, "target_weights", weights)
         draft = {} if self.draft is None else self._draft_weights(self.draft)
         object.__setattr__(self, "draft_weights", draft)

@@ -45,10 +45,10 @@ class VisionTower(nn.Module):
         check_finite: bool = True,
     ) -> "VisionTower":
         """Reads the tower onto `device`. Raises CheckpointError listing all that is wrong."""
-        tower = cls._on_meta(config)
-        options = LoadOptions(_stored_dtype(folder), device, check_finite=check_finite)
+        tower = cls.without_values(config)
+        options = LoadOptions(stored_dtype(folder), device, check_finite=check_finite)
         load_weights(tower, folder, _own, options)
-        tower.vision_model.rotary_embedding = Llama4VisionRotaryEmbedding(config.vision).to(device)
+        tower.compute_rotations(config, device)
         return tower
 
     @classmethod
@@ -57,16 +57,21 @@ class VisionTower(nn.Module):
 
         Raises CheckpointError listing all that is wrong.
         """
-        check_weights(cls._on_meta(config), folder, _own)
+        check_weights(cls.without_values(config), folder, _own)
 
     @classmethod
-    def _on_meta(cls, config: MultimodalConfig) -> "VisionTower":
-        """Without its table of rotations, which is computed: only once the files are known to hold
-        a tower of the size that the config claims."""
+    def without_values(cls, config: MultimodalConfig) -> "VisionTower":
+        """On the meta device, without its table of rotations, which is computed: only once the
+        files are known to hold a tower of the size that the config claims."""
         with torch.device("meta"):
             tower = cls(config)
         tower.vision_model.rotary_embedding = nn.Identity()
         return tower
+
+    def compute_rotations(self, config: MultimodalConfig, device: torch.device | str) -> None:
+        """On the CPU, so that the table has the same bits wherever the tower runs."""
+        table = Llama4VisionRotaryEmbedding(config.vision)
+        self.vision_model.rotary_embedding = table.to(device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,7 +93,7 @@ def _own(name: str) -> str | None:
     return name if name.startswith(PREFIXES) else None
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """The widest type among the tower's tensors; what cannot be read at all, loading refuses."""
     stored = {tensor.dtype for tensor in stored_tensors(folder) if _own(tensor.name)}
     readable = [dtype for dtype in READABLE if dtype in stored] or [torch.float32]

@@ -116,3 +116,19 @@ def test_free_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
     assert running.free_memory(torch.device("cuda:1")) == 7
     assert running.free_memory(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("has_tensors", [True, False])
+def test_a_vision_tower_counts_in_its_own_dtype(has_tensors, tmp_path):
+    """transformers is imported here: nothing else of this file needs it."""
+    from aerie.assets.tiny_multimodal.checkpoint import new_model, save
+    from aerie.llama4.multimodal_config import MultimodalConfig
+    from aerie.llama4.vision import VisionTower
+
+    folder = save(new_model(), tmp_path)
+    tower = VisionTower.from_pretrained(folder, MultimodalConfig.from_pretrained(folder), "cpu")
+    if not has_tensors:
+        (folder / "model.safetensors").unlink()
+    dtype = "bfloat16" if has_tensors else "float32"  # the files' own is float32
+    found = json.loads(aerie("plan", "--model", folder, "--dtype", dtype, "--json").stdout)
+    assert found["target_weights"]["vision"] == bytes_of(tower)

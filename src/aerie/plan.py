@@ -11,8 +11,10 @@ from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.memory_plan import DraftPlan, MemoryPlan, MemoryPlanner, Run
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.kernels.backend import ResolvedBackend
-from aerie.llama4.config import Llama4Config
+from aerie.llama4.config import Llama4Config, is_multimodal
+from aerie.llama4.json_fields import read_json
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
+from aerie.llama4.memory_plan import weight_bytes
 from aerie.llama4.quantization import Quantize, quantized_on_load, read_quantization
 from aerie.llama4.stored_tensors import INDEX, SINGLE
 
@@ -27,10 +29,12 @@ def make_planner(
     quantize_linears: bool = False,
     speculation: SpeculativeConfig | None = None,
     backend: ResolvedBackend = "triton",
+    with_vision: bool = True,
 ) -> MemoryPlanner:
-    """From the folders' configs; of tensors only the headers of a draft are read, if it has some.
+    """From the folders' configs; of tensors only headers are read, if the folders have some.
 
-    Raises CheckpointError for what could not be loaded so either.
+    A multimodal target counts `with_vision` or, for prompts without images, without. Raises
+    CheckpointError for what could not be loaded so either.
     """
     speculation = speculation or SpeculativeConfig()
     config = Llama4Config.from_pretrained(target)
@@ -40,13 +44,34 @@ def make_planner(
     drafted = None if draft is None else _draft_plan(draft, config, speculation)
     num_drafted = 0 if draft is None else speculation.policy.num_rows
     kv_dtype = cache_dtype(kv_cache_dtype, dtype)
-    return MemoryPlanner(config, drafted, Run(dtype, kv_dtype, quantization, num_drafted, backend))
+    run = Run(dtype, kv_dtype, quantization, num_drafted, backend)
+    vision = _vision_bytes(target, dtype) if with_vision else 0
+    return MemoryPlanner(config, drafted, run, vision)
+
+
+def _vision_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Of a vision tower in its own dtype, or in `dtype` where the folder has no tensors."""
+    if not is_multimodal(read_json(folder / "config.json")):
+        return 0
+    # imports transformers' own Llama 4: seconds that text-only checkpoints do not pay
+    from aerie.llama4.multimodal_config import MultimodalConfig
+    from aerie.llama4.vision import VisionTower, stored_dtype
+
+    config = MultimodalConfig.from_pretrained(folder)
+    tower = VisionTower.without_values(config)
+    tower.compute_rotations(config, "meta")
+    own = stored_dtype(folder) if _has_tensors(folder) else dtype
+    return sum(weight_bytes(tower, own).values())
+
+
+def _has_tensors(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def _draft_plan(folder: Path, target: Llama4Config, speculation: SpeculativeConfig) -> DraftPlan:
     """Without tensors: an embedding of its own only where the target's would not fit."""
     config = Eagle3Config.from_pretrained(folder, target.num_hidden_layers, speculation.reading)
-    if any((folder / name).exists() for name in (SINGLE, INDEX)):
+    if _has_tensors(folder):
         return DraftPlan(config, own_parts(tensor_names(folder), config))
     has_embedding = config.hidden_size != target.hidden_size
     return DraftPlan(config, OwnParts(has_embedding, not config.shares_target_head))

@@ -146,6 +146,7 @@ def _plan(
         quantize_linears=request.quantize_linears,
         speculation=request.speculation,
         backend=resolve(request.backend, request.device),
+        with_vision=bool(request.images),
     )
     wanted = num_prompt_ids + request.max_new_tokens
     found = planner.plan(max(1, min(wanted, planner.target.max_position_embeddings)))
