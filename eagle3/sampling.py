@@ -11,7 +11,7 @@ The rule that turns logits into a token, the same at every position, with or wit
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -61,6 +61,12 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop)
+
+    def with_seed_after(self, number: int) -> "SamplingParams":
+        """For request `number` of several: a given seed, plus the number."""
+        if self.seed is None:
+            return self
+        return replace(self, seed=(self.seed + number + 2**63) % 2**64 - 2**63)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError for an id that the target does not have."""

@@ -344,3 +344,19 @@ def test_a_dead_draft_is_said_once_on_stderr(tmp_path):
 def test_a_living_draft_is_not_called_dead(caplog):
     generate("--prompt", "The with statement", "--max-new-tokens", "120", "--json")
     assert "looks dead" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["lines", "JSON"])
+def test_prompts_side_by_side(kind, tmp_path):
+    """Results in order, each what the prompt alone gives."""
+    file, texts = tmp_path / "prompts", ["The with statement", "A class", "def f(x):"]
+    file.write_text("\n".join(texts) if kind == "lines" else json.dumps(texts))
+    options = ["--max-new-tokens", "12", "--temperature", "0.9", "--seed", "5", "--json"]
+    lines = ["--lines"] if kind == "lines" else []
+    result = generate("--prompt-file", str(file), "--max-batch-size", "2", *lines, *options)
+    together = json.loads(result.stdout)
+    for number, (text, found) in enumerate(zip(texts, together, strict=True)):
+        own = [*options[:-2], str(5 + number), "--json"]
+        alone = json.loads(generate("--prompt", text, *own).stdout)
+        assert found["token_ids"] == alone["token_ids"]
+        assert found["seed"] == alone["seed"] == 5 + number

@@ -25,8 +25,11 @@ VOCAB, CHUNK, CONTEXT = 32, 16, 160
 
 
 def randomise(model: torch.nn.Module) -> None:
+    """Alike however a backend lays its weights out."""
     for name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim > 1 else 0.5)
+        values = torch.empty(parameter.shape, device=parameter.device)
+        values.normal_(1.0 if "norm" in name else 0.0, 0.3 if parameter.ndim > 1 else 0.5)
+        parameter.data.copy_(values)
 
 
 def random_target(

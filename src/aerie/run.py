@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.ends import FinishReason
-from aerie.eagle3.generate import Decoding, Generation, generate
+from aerie.eagle3.generate import MAX_BATCH_SIZE, Decoding, Generation, generate
 from aerie.eagle3.registry import load_draft
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.sequences import Burst
@@ -69,16 +69,21 @@ class Request:
     images: tuple[Path, ...] = ()
     chat: bool = False
     lazy_vision: bool = False
+    prompts: tuple[str, ...] = ()  # of a batch; `prompt` is the first
+    max_batch_size: int = MAX_BATCH_SIZE
+    memory_fraction: float | None = None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The pair, the target's tokenizer, and the prompt as the target reads it."""
+    """The pair, the target's tokenizer, and the prompt (or those of a batch) as the target reads
+    it."""
 
     target: "Llama4ForCausalLM | Llama4ForConditionalGeneration"
     draft: Eagle3Llama4ForCausalLM | None
     tokenizer: Tokenizer
     prompt: Prompt
+    prompts: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def load(request: Request, console: Console) -> Loaded:
         drafts = resolve_folder(request.draft, request.draft_revision)
     tokenizer = load_tokenizer(folder)
     prompt = prepare(request.prompt, tokenizer, folder, images, request.chat)
-    _plan(request, folder, drafts, len(prompt.ids), console)
+    prompts = tuple(prepare(text, tokenizer, folder, (), request.chat) for text in request.prompts)
+    longest = max(len(one.ids) for one in (prompt, *prompts))
+    _plan(request, folder, drafts, longest, console)
     with loading("target", console) as progress:
         target = load_target(
             folder,
@@ -124,13 +131,13 @@ def load(request: Request, console: Console) -> Loaded:
             lazy_vision=request.lazy_vision or not images,
         )
     if drafts is None:
-        return Loaded(target, None, tokenizer, prompt)
+        return Loaded(target, None, tokenizer, prompt, prompts)
     with loading("draft", console) as progress:
         reading = request.speculation.reading
         draft = load_draft(drafts, target, reading=reading, progress=progress)
     if images:
         console.print(DRAFT_SEES[draft.config.draft_multimodal], markup=False, soft_wrap=True)
-    return Loaded(target, draft, tokenizer, prompt)
+    return Loaded(target, draft, tokenizer, prompt, prompts)
 
 
 def _plan(
@@ -149,7 +156,8 @@ def _plan(
         with_vision=bool(request.images),
     )
     wanted = num_prompt_ids + request.max_new_tokens
-    found = planner.plan(max(1, min(wanted, planner.target.max_position_embeddings)))
+    batch = max(1, min(request.max_batch_size, len(request.prompts)))
+    found = planner.plan(max(1, min(wanted, planner.target.max_position_embeddings)), batch)
     console.print(f"memory: {as_text(found)}", markup=False, soft_wrap=True)
     memory = free_memory(request.device)
     if memory is not None:
@@ -197,7 +205,7 @@ def load_target(
 def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
     """Decodes; `on_text` receives the text as its tokens are accepted."""
     images, target = _image_features(loaded), loaded.target.get_language_model()
-    sampling = _with_bad_words(request, loaded.tokenizer)
+    sampling = with_bad_words(request, loaded.tokenizer)
     decoding = Decoding(
         target,
         loaded.prompt.ids,
@@ -264,7 +272,7 @@ def _image_features(loaded: Loaded) -> ImageFeatures | None:
     return target.image_features(loaded.prompt.ids, loaded.prompt.pixel_values)
 
 
-def _with_bad_words(request: Request, tokenizer: Tokenizer) -> SamplingParams:
+def with_bad_words(request: Request, tokenizer: Tokenizer) -> SamplingParams:
     """A word is other tokens at the start of a text than behind a space: both are forbidden."""
     words = [text for word in request.bad_words for text in (word, f" {word}")]
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in words]

@@ -23,6 +23,7 @@ from aerie.commands.shared import (
     RevisionOption,
     draft_revision,
 )
+from aerie.eagle3.generate import MAX_BATCH_SIZE
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.run import Request, device_named, dtype_named
@@ -43,7 +44,20 @@ class GenerateOptions:
     model: ModelOption = None
     draft: DraftOption = None
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="One text, or a JSON list of texts to be decoded side by side."),
+    ] = None
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Every line of the prompt file is a prompt.")
+    ] = False
+    max_batch_size: Annotated[
+        int, typer.Option(help="So many prompts of a list run at a time.")
+    ] = MAX_BATCH_SIZE
+    memory_fraction: Annotated[
+        float | None,
+        typer.Option(help="Of the GPU's memory, for weights, keys and values of a list."),
+    ] = None
     image: Annotated[
         list[Path] | None,
         typer.Option(help='Goes to a "<|image|>" of the prompt, or before it; may be repeated.'),
@@ -110,7 +124,7 @@ class GenerateOptions:
     def request(self) -> Request:
         """Resolves defaults. Raises ValueError naming what is wrong."""
         sampling = self._sampling()
-        prompt = self._prompt()
+        prompts = self._prompts()
         bad_words = tuple(self.bad_word or ())
         if not all(bad_words):
             raise ValueError("--bad-word: must be a text of at least one character")
@@ -127,7 +141,7 @@ class GenerateOptions:
             revision=self.revision,
             draft=draft,
             draft_revision=draft_revision(self.draft_revision, speculation),
-            prompt=prompt,
+            prompt=prompts[0],
             max_new_tokens=self.max_new_tokens,
             sampling=sampling,
             bad_words=bad_words,
@@ -143,6 +157,9 @@ class GenerateOptions:
             images=tuple(self.image or ()),
             chat=self.chat,
             lazy_vision=self.lazy_vision,
+            prompts=prompts if self._is_batch(prompts) else (),
+            max_batch_size=self.max_batch_size,
+            memory_fraction=self.memory_fraction,
         )
 
     def _sampling(self) -> SamplingParams:
@@ -169,17 +186,44 @@ class GenerateOptions:
             raise ValueError("--speculative-config: no draft; give --draft or its key 'model'")
         return None if self.no_draft else draft
 
-    def _prompt(self) -> str:
+    def _prompts(self) -> tuple[str, ...]:
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("--prompt, --prompt-file: give exactly one of them")
+        if self.lines and self.prompt_file is None:
+            raise ValueError("--lines: needs --prompt-file")
         text = self.prompt if self.prompt_file is None else _read(self.prompt_file)
-        if not text:
+        texts = (text,) if self.prompt_file is None else _texts(text or "", self.lines)
+        if not texts or not all(texts):
             raise ValueError("the prompt is empty; give at least one character")
         try:
-            text.encode()
+            "".join(texts).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"--prompt: is not valid Unicode text ({error})") from error
-        return text
+        return texts
+
+    def _is_batch(self, prompts: tuple[str, ...]) -> bool:
+        """Whether the output is a list, be it of one. Raises ValueError for what is of one text."""
+        is_batch = self.lines or len(prompts) > 1
+        for name, value in (("image", self.image), ("plot", self.plot),
+                            ("count-experts", self.count_experts)):  # fmt: skip
+            if is_batch and value:
+                raise ValueError(f"--{name}: goes with one prompt, got {len(prompts)}")
+        return is_batch
+
+
+def _texts(text: str, lines: bool) -> tuple[str, ...]:
+    """The prompts of a file: its lines, the entries of a JSON list, or all of it."""
+    if lines:
+        return tuple(line for line in text.splitlines() if line)
+    if not text.startswith("["):
+        return (text,)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return (text,)  # a text that begins like a list
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        return (text,)
+    return tuple(values)
 
 
 def _read(file: Path) -> str:

@@ -1,0 +1,92 @@
+"""Several prompts of one `aerie generate`, decoded side by side."""
+
+from collections.abc import Callable
+
+import torch
+
+from aerie.eagle3.generate import Decodings, generate
+from aerie.eagle3.rows import Pair
+from aerie.eagle3.sequences import Request as Asked
+from aerie.run import Loaded, Outcome, Request, with_bad_words
+from aerie.text import TextStream
+
+
+def run_batch(
+    request: Request, loaded: Loaded, on_end: Callable[[int, int], None] | None = None
+) -> list[Outcome]:
+    """Outcomes in the order of the prompts; `on_end` is told how many of how many have ended.
+
+    Prompt i is sampled with the seed + i. Raises ValueError, before the first token, where the
+    memory does not hold one of the prompts.
+    """
+    target, tokenizer = loaded.target.get_language_model(), loaded.tokenizer
+    sampling = with_bad_words(request, tokenizer)
+    asked = [
+        Asked.checked(
+            target,
+            prompt.ids,
+            request.max_new_tokens,
+            sampling=sampling.with_seed_after(number),
+            detokenize=tokenizer.decode,
+        )
+        for number, prompt in enumerate(loaded.prompts)
+    ]
+    policy = request.speculation.policy_on(target, loaded.draft)
+    decodings = Decodings(
+        Pair(target, loaded.draft, policy),
+        asked,
+        request.max_batch_size,
+        request.kv_cache_dtype,
+        kv_cache_bytes(request),
+    )
+    num_ended = 0
+    for number, _ in decodings:
+        if decodings.decoded[number].finish_reason is not None and on_end is not None:
+            num_ended += 1
+            on_end(num_ended, len(asked))
+    plain = _plain(request, loaded, asked) if request.check else [None] * len(asked)
+    outcomes = []
+    for decoded, other in zip(decodings.decoded, plain, strict=True):
+        stream = TextStream(tokenizer, sampling.stop_strings)
+        stream.add(decoded.tokens)
+        assert decoded.finish_reason is not None
+        outcomes.append(
+            Outcome(
+                text=stream.text,
+                tokens=decoded.tokens,
+                finish_reason=decoded.finish_reason,
+                stats=decoded.stats,
+                plain_tokens=other and other.tokens,
+                plain_stats=other and other.stats,
+                seed=None if sampling.is_greedy else decoded.request.seed,
+            )
+        )
+    return outcomes
+
+
+def _plain(request: Request, loaded: Loaded, asked: list[Asked]):
+    """Without the draft, each prompt alone."""
+    return [
+        generate(
+            loaded.target,
+            one.prompt_ids,
+            request.max_new_tokens,
+            kv_cache_dtype=request.kv_cache_dtype,
+            sampling=one.sampling,
+            detokenize=loaded.tokenizer.decode,
+        )
+        for one in asked
+    ]
+
+
+def kv_cache_bytes(request: Request) -> int | None:
+    """What `--memory-fraction` of the GPU leaves for keys and values beside the weights."""
+    fraction, device = request.memory_fraction, request.device
+    if fraction is None:
+        return None
+    if device.type != "cuda":
+        raise ValueError(f"--memory-fraction: is of a GPU's memory, the device is {device}")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--memory-fraction: must be in (0, 1], got {fraction}")
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(0, int(fraction * total) - torch.cuda.memory_allocated(device))
