@@ -8,6 +8,7 @@ Parameters are [E, 2F, D] and [E, D, F] (`kernels/expert_matrix.py`).
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ class Experts(StoredInParts):
             Part("up_proj", "gate_up_proj", slice(F, 2 * F), 1),
             Part("down_proj", "down_proj", slice(0, D), 0),
         )
+        self._matrices: dict[str, ExpertMatrix] = {}
         self.register_state_dict_post_hook(_transpose)
         self.register_load_state_dict_pre_hook(_transpose)
 
@@ -78,17 +80,23 @@ class Experts(StoredInParts):
     @property
     def gate_up(self) -> ExpertMatrix:
         scales = self._parameters["gate_up_proj_input_scale"]  # one quantisation serves both
-        return self._matrix("gate_up_proj", None if scales is None else scales.amax(1))
+        matrix = self._matrix("gate_up_proj")
+        return matrix if scales is None else replace(matrix, input_scale=scales.amax(1))
 
     @property
     def down(self) -> ExpertMatrix:
         scales = self._parameters["down_proj_input_scale"]
-        return self._matrix("down_proj", None if scales is None else scales[:, 0])
+        matrix = self._matrix("down_proj")
+        return matrix if scales is None else replace(matrix, input_scale=scales[:, 0])
 
-    def _matrix(self, whole: str, input_scale: Tensor | None) -> ExpertMatrix:
-        weight = self._parameters[whole]
+    def _matrix(self, whole: str) -> ExpertMatrix:
+        """Built again only when a parameter is replaced: every layer asks three times a pass."""
+        weight, scale = self._parameters[whole], self._parameters[f"{whole}_scale"]
         assert weight is not None
-        return ExpertMatrix(weight, self._parameters[f"{whole}_scale"], input_scale)
+        kept = self._matrices.get(whole)
+        if kept is None or kept.weight is not weight or kept.scale is not scale:
+            kept = self._matrices[whole] = ExpertMatrix(weight, scale)
+        return kept
 
     def hold_fp8(self, granularity: Granularity, has_input_scale: bool) -> None:
         """Makes the weights FP8, contiguous, with scales; nothing has values yet."""
