@@ -6,7 +6,7 @@ one number per level and one list per round.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aerie.eagle3.batch import Committed
 from aerie.eagle3.drafter import Drafter, PromptRows
-from aerie.eagle3.policies import Policy
+from aerie.eagle3.policies import Policy, Verification
 from aerie.eagle3.tree import DraftTree, GoesOn, best_part
 from aerie.eagle3.width import Experience, RoundCosts, worth_deepening, worth_verifying
 from aerie.llama4.cache import PagedKVCache
@@ -26,6 +26,14 @@ class CostAware:
 
     policy: Policy
     costs: RoundCosts
+    verification: Verification = field(default="match", init=False)
+
+    def __post_init__(self) -> None:
+        if self.policy.verification == "rejection":
+            raise ValueError(
+                "cost_aware_width: leaves out nodes by their own probability, which rejection does "
+                "not allow; take verification 'match'"
+            )
 
     @property
     def depth(self) -> int:

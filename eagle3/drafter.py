@@ -8,7 +8,7 @@ Letters: B sequences, P rows committed in a round at most, N drafted nodes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from aerie.eagle3.batch import Committed
 from aerie.eagle3.draft import DraftOutput, Eagle3Llama4ForCausalLM
+from aerie.eagle3.sampled_drafts import Draws
 from aerie.eagle3.tree import DraftTree, GoesOn, chain
+from aerie.kernels.draft_vocab import DraftTokens
 from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.device_steps import chain_shape, counting, device_step
 from aerie.llama4.image_features import ImageFeatures
@@ -66,6 +68,8 @@ class NoDrafter:
 class CachedDrafter:
     """What all drafters with a draft share: its cache, and the pass over committed rows."""
 
+    draws: Draws | None = None  # what draws the drafts, if they are not to be the likeliest
+
     def __init__(
         self,
         draft: Eagle3Llama4ForCausalLM,
@@ -84,6 +88,14 @@ class CachedDrafter:
         shape = chain_shape(len(next_ids_T), next_ids_T.device)
         step = device_step(self.cache, prompt.start_B, shape, prompt.sequence)
         self.draft(next_ids_T, hidden_TD, step, embeds_TD)
+
+    def _siblings(
+        self, post_norm_TD: Tensor, positions_B: Tensor, rows: Sequence[int], count: int
+    ) -> DraftTokens:
+        """`count` tokens behind each of the `rows` of every tree: the likeliest, or drawn ones."""
+        if self.draws is None:
+            return self.draft.top_tokens(post_norm_TD, count)
+        return self.draws.siblings(post_norm_TD, positions_B, rows, count)
 
     def _catch_up(self, committed: Committed) -> DraftOutput:
         """Of the last committed row of every sequence: [B, D] states, to draft from."""
@@ -110,28 +122,34 @@ class Level:
 
 
 class ChainDrafter(CachedDrafter):
-    """Greedy chains from an Eagle3 draft."""
+    """Chains from an Eagle3 draft: of its likeliest tokens, or drawn."""
 
     def __init__(self, num_tokens: int, *draft_and_cache) -> None:
         super().__init__(*draft_and_cache)
         self.num_tokens = num_tokens
 
     def propose(self, committed: Committed) -> DraftTree:
-        """The likeliest continuation of `num_tokens` tokens, as the draft sees it."""
-        level = self._level(self._catch_up(committed))
-        tokens, scores, lengths_B = [level.token_B1], [level.logprob_B1], committed.lengths_B
+        """A continuation of `num_tokens` tokens, as the draft sees it."""
+        lengths_B = committed.lengths_B
+        level = self._level(self._catch_up(committed), lengths_B, 0)
+        tokens, scores = [level.token_B1], [level.logprob_B1]
         shape = chain_shape(1, lengths_B.device)
         while len(tokens) < self.num_tokens:
             if self.goes_on is not None and not self.goes_on(scores[-1]):
                 break
             step = device_step(self.cache, lengths_B, shape)
             ids_B = level.token_B1.contiguous().view(-1)
-            level = self._level(self.draft(ids_B, level.hidden_BD, step))
+            output = self.draft(ids_B, level.hidden_BD, step)
+            lengths_B = lengths_B + 1
+            level = self._level(output, lengths_B, len(tokens))
             tokens.append(level.token_B1)
             scores.append(scores[-1] + level.logprob_B1)
-            lengths_B = lengths_B + 1
-        return chain(torch.cat(tokens, dim=1), torch.cat(scores, dim=1))
+        drafted = chain(torch.cat(tokens, dim=1), torch.cat(scores, dim=1))
+        if self.draws is None:
+            return drafted
+        return replace(drafted, drawn=self.draws.drawn(range(-1, len(tokens))))
 
-    def _level(self, output: DraftOutput) -> Level:
-        top = self.draft.top_tokens(output.post_norm_TD, 1)
+    def _level(self, output: DraftOutput, lengths_B: Tensor, row: int) -> Level:
+        """Behind the chain's `row`, which stands at position `lengths_B`."""
+        top = self._siblings(output.post_norm_TD, lengths_B + 1, [row], 1)
         return Level(output.next_hidden_TD, top.ids_TA, top.logprobs_TA)

@@ -1,12 +1,15 @@
 """What to draft each round: a chain, a tree of a fixed shape, or EAGLE-2's dynamic tree.
 
 A policy says how deep and how wide it gets and builds the drafter that does it. The output is the
-same whatever the policy; only the number of passes differs.
+same whatever the policy; only the number of passes differs. By `verification` "rejection" drafts
+are drawn, at the request's temperature, and verified by multi-round rejection (`rejection`): more
+of them are accepted where the target is undecided, and the output has the same distribution, but
+is no longer the very same as without a draft.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -21,6 +24,9 @@ from aerie.llama4.cache import PagedKVCache
 MAX_SPECULATIVE_TOKENS = MAX_TREE_ROWS - 1  # the root is a row of the verified tree too
 
 
+Verification = Literal["match", "rejection"]
+
+
 class Policy(Protocol):
     """`depth` levels at most; `num_rows` rows at most stand uncommitted in either cache.
 
@@ -32,6 +38,9 @@ class Policy(Protocol):
 
     @property
     def num_rows(self) -> int: ...
+
+    @property
+    def verification(self) -> Verification: ...
 
     def drafter(
         self,
@@ -51,10 +60,12 @@ class Chain:
 
     num_speculative_tokens: int = 4
     confidence_threshold: float = 0.0
+    verification: Verification = "match"
 
     def __post_init__(self) -> None:
         check_num_speculative_tokens(self.num_speculative_tokens)
         _check_threshold(self.confidence_threshold)
+        _check_verification(self.verification)
 
     @property
     def depth(self) -> int:
@@ -71,12 +82,14 @@ class Chain:
 class StaticTree:
     """Paths of ranks: (0,) is the likeliest first token, (0, 1) the second likeliest behind it.
 
-    Every beginning of a path must be a path too. Deepening stops where no node of a level has the
+    Every beginning of a path must be a path too, and by "rejection" every lower rank: then a rank
+    is the place in the order of drawing. Deepening stops where no node of a level has the
     probability `confidence_threshold`.
     """
 
     speculative_token_tree: Sequence[Sequence[int]]
     confidence_threshold: float = 0.0
+    verification: Verification = "match"
 
     def __post_init__(self) -> None:
         name, paths = "speculative_token_tree", [tuple(p) for p in self.speculative_token_tree]
@@ -93,6 +106,12 @@ class StaticTree:
         if len(set(paths)) != len(paths):
             raise ValueError(f"{name}: a path is given twice")
         _check_threshold(self.confidence_threshold)
+        _check_verification(self.verification)
+        for *begin, rank in paths if self.verification == "rejection" else []:
+            if rank > 0 and (*begin, rank - 1) not in paths:
+                raise ValueError(
+                    f"{name}: {[*begin, rank]} lacks {[*begin, rank - 1]}, which is drawn before it"
+                )
         object.__setattr__(self, name, tuple(sorted(paths, key=lambda path: (len(path), path))))
 
     @property
@@ -122,6 +141,7 @@ class DynamicTree:
     eagle_topk: int = 4
     num_steps: int = 3
     confidence_threshold: float = 0.0
+    verification: Verification = field(default="match", init=False)  # its shape is by the scores
 
     def __post_init__(self) -> None:
         check_num_speculative_tokens(self.num_speculative_tokens)
@@ -180,6 +200,11 @@ def _check_threshold(threshold: object) -> None:
         raise ValueError(f"confidence_threshold: must be a number, got {threshold!r}")
     if not 0 <= threshold < 1:
         raise ValueError(f"confidence_threshold: must be in [0, 1), got {threshold!r}")
+
+
+def _check_verification(verification: object) -> None:
+    if verification not in get_args(Verification):
+        raise ValueError(f"verification: must be match or rejection, got {verification!r}")
 
 
 def _check_vocabulary(name: str, width: int, draft: Eagle3Llama4ForCausalLM) -> None:

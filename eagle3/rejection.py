@@ -25,8 +25,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aerie.kernels.accept import Acceptance
-
 
 class Chance(Protocol):
     """Where the outcomes come from."""
@@ -96,12 +94,14 @@ def without(q_V: Tensor, token: int | Tensor) -> Tensor:
 class Drawn:
     """How the nodes of a batch of trees were drawn; the shape is that of every sequence.
 
-    `children_NS` are the rows of the nodes behind each row in the order they were drawn, -1: none.
-    `probs_BNU` (float32) is the distribution they were drawn from; of a row without any, anything.
-    `ids_U` are the target ids of the draft vocabulary.
+    `children_NS` are the rows of the nodes behind each row in the order they were drawn, -1: none,
+    and `ranks_N` the place of every node among its siblings. `probs_BNU` (float32) is what the
+    nodes behind a row were drawn from; of a row without any, anything. `ids_U` are the target ids
+    of the draft vocabulary.
     """
 
     children_NS: Tensor
+    ranks_N: Tensor
     probs_BNU: Tensor
     ids_U: Tensor
 
@@ -117,29 +117,31 @@ def walk(
     tokens_BN: Tensor,
     drawn: Drawn,
     coins_BN: Tensor,
-    pick: Callable[[Tensor], Tensor],
+    pick: Callable[[Tensor, Tensor], Tensor],
     depth: int,
-) -> Acceptance:
-    """The rule from the root of every tree down, at most `depth` levels; nothing is read.
+) -> Tensor:
+    """The token behind every row of the walks [B, N]: of an accepted node, and at the end the one
+    drawn from what is left. -1 behind other rows, and where nothing can be drawn. At most `depth`
+    levels; nothing is read.
 
     `p_of_rows` gives the target's distributions [B, V] behind one row of every sequence, `coins_BN`
-    a uniform in [0, 1) for every node, and `pick` draws from the distributions [B, V] that are left
-    where the walks end; it gives -1 where one is none (NaN, which accepts nothing).
+    a uniform in [0, 1) for every node, and `pick` draws from distributions [B, V] of tokens so many
+    levels under the roots [B]; it gives -1 where one is none (NaN, which accepts nothing).
     """
     row_B = torch.zeros_like(tokens_BN[:, 0])
-    is_open_B, left_BV = torch.ones_like(row_B, dtype=torch.bool), torch.empty(0)
-    path, ids = [row_B], []
+    is_open_B, end_B = torch.ones_like(row_B, dtype=torch.bool), row_B
+    chosen_BN, left_BV = torch.full_like(tokens_BN, -1), torch.empty(0)
     for level in range(depth + 1):
         child_B, p_BV = _child(p_of_rows(row_B), row_B, tokens_BN, drawn, coins_BN)
         left_BV = p_BV if level == 0 else torch.where(is_open_B[:, None], p_BV, left_BV)
+        end_B = torch.where(is_open_B, level, end_B)
         is_open_B = is_open_B & (child_B >= 0)
+        token_B1 = tokens_BN.gather(1, child_B.clamp(min=0)[:, None])
+        known_B1 = chosen_BN.gather(1, row_B[:, None])
+        token_B1 = torch.where(is_open_B[:, None], token_B1, known_B1)
+        chosen_BN = chosen_BN.scatter(1, row_B[:, None], token_B1)
         row_B = torch.where(is_open_B, child_B, row_B)
-        path.append(torch.where(is_open_B, row_B, -1))
-        ids.append(torch.where(is_open_B, tokens_BN.gather(1, row_B[:, None])[:, 0], -1))
-    path_BP, ids_BP = torch.stack(path[:-1], dim=1), torch.stack(ids, dim=1)
-    num_accepted_B, bonus_B = (path_BP >= 0).sum(1) - 1, pick(left_BV)
-    ids_BP = ids_BP.scatter(1, num_accepted_B[:, None], bonus_B[:, None])
-    return Acceptance(path_BP, ids_BP, num_accepted_B, bonus_B)
+    return chosen_BN.scatter(1, row_B[:, None], pick(left_BV, 1 + end_B)[:, None])
 
 
 def _child(
@@ -153,12 +155,12 @@ def _child(
         token_B1 = tokens_BN.gather(1, at_B1)
         p_B, q_B = p_BV.gather(1, token_B1)[:, 0], q_BV.gather(1, token_B1)[:, 0]
         is_tried_B = (child_B >= 0) & (accepted_B < 0)
-        is_accepted_B = is_tried_B & (coins_BN.gather(1, at_B1)[:, 0] * q_B < p_B)
+        # where p = q but for rounding nothing would be left: such a token is always accepted
+        is_sure_B = (p_B > 0) & ~(p_BV > q_BV).any(-1)
+        is_accepted_B = is_tried_B & ((coins_BN.gather(1, at_B1)[:, 0] * q_B < p_B) | is_sure_B)
         is_rejected_B1 = (is_tried_B & ~is_accepted_B)[:, None]
         accepted_B = torch.where(is_accepted_B, child_B, accepted_B)
-        rest_BV = residual(p_BV, q_BV)
-        p_BV, q_BV = (
-            torch.where(is_rejected_B1, rest_BV, p_BV),
-            torch.where(is_rejected_B1, without(q_BV, token_B1), q_BV),
-        )
+        rest_BV, without_BV = residual(p_BV, q_BV), without(q_BV, token_B1)
+        p_BV = torch.where(is_rejected_B1, rest_BV, p_BV)
+        q_BV = torch.where(is_rejected_B1, without_BV, q_BV)
     return accepted_B, p_BV

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from aerie.eagle3.batch import Batch
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.drafter import Drafter, NoDrafter
+from aerie.eagle3.drafter import CachedDrafter, Drafter, NoDrafter
 from aerie.eagle3.engine import PREFILL_ROWS
 from aerie.eagle3.policies import Policy
+from aerie.eagle3.sampled_drafts import Draws
 from aerie.eagle3.sampler import Sampler
 from aerie.eagle3.sequences import Request
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
@@ -109,6 +110,8 @@ class Rows:
         )
         vocab_size = target.config.vocab_size
         self.sampler = Sampler(self.batch.ids_BS, vocab_size, target.backend, device)
+        if pair.policy.verification == "rejection" and isinstance(self.drafter, CachedDrafter):
+            self.drafter.draws = Draws(self.drafter.draft, self.sampler)
 
     @property
     def num_used_pages(self) -> int:

@@ -4,30 +4,88 @@
 
 are a draw without replacement from q in that order (Kool et al. 2019), of which one is a draw from
 q. q = softmax(draft logits / temperature) in float32, and it is the very q that verification is
-told. Three things are random at a position and must not share their noise: the target's draw, the
-draft's, and the coins. Each has a seed of its own, derived from the request's.
+told.
 
-Letters: R rows to draw behind, U draft vocabulary, B sequences, N rows of a tree.
+Letters: R rows to draw behind, A siblings, U draft vocabulary, B sequences, N rows of a tree.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from aerie.kernels.gumbel import UINT32, gumbel_ref, philox_ref
-
-DRAFT, COINS = 1, 2  # what a seed is derived for
-COIN_BITS = 24  # a float32 holds so many below 1
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.noise import DRAFT, derived_seeds
+from aerie.eagle3.rejection import Drawn
+from aerie.eagle3.sampler import Sampler
+from aerie.kernels.draft_vocab import DraftTokens
+from aerie.kernels.gumbel import gumbel_ref
+from aerie.kernels.head_rows import ids_from_offsets
 
 
 @dataclass(frozen=True)
 class Siblings:
-    """`ids_RK` in the draft's vocabulary, in drawn order, and the q they were drawn from."""
+    """`ids_RA` in the draft's vocabulary, in drawn order, and the q they were drawn from."""
 
-    ids_RK: Tensor
-    logprobs_RK: Tensor
+    ids_RA: Tensor
+    logprobs_RA: Tensor
     probs_RU: Tensor
+
+
+class Draws:
+    """Draws the drafts of a batch by the temperatures and seeds of its requests."""
+
+    def __init__(self, draft: Eagle3Llama4ForCausalLM, sampler: Sampler) -> None:
+        if draft.communicator is not None:
+            raise ValueError(
+                "verification: 'rejection' needs the whole draft on a rank; it is cut over ranks"
+            )
+        self._draft, self._sampler = draft, sampler
+        self._ids_U = ids_from_offsets(draft.d2t)
+        self._probs: list[tuple[Sequence[int], Tensor]] = []  # rows drawn behind, their q
+
+    def siblings(
+        self, post_norm_RD: Tensor, positions_B: Tensor, rows: Sequence[int], count: int
+    ) -> DraftTokens:
+        """`count` tokens behind each of the `rows` of every tree, for `positions_B`. Target ids."""
+        sequences, each = len(positions_B), len(rows)
+        logits_RU = self._draft.compute_draft_logits(post_norm_RD)
+        temperatures_B, seeds_B = self._sampler.temperatures_and_seeds(sequences)
+        found = drawn_siblings(
+            logits_RU,
+            temperatures_B.repeat_interleave(each),
+            seeds_B.repeat_interleave(each),
+            positions_B.repeat_interleave(each),
+            count,
+        )
+        self._probs.append((rows, found.probs_RU.view(sequences, each, -1)))
+        return DraftTokens(self._ids_U[found.ids_RA], found.logprobs_RA, logits_RU[:, 0])
+
+    def drawn(self, parents: Sequence[int]) -> Drawn:
+        """What the tree of these rows (`parents[0]`, the root's, is -1) was drawn from."""
+        first = self._probs[0][1]
+        probs_BNU = first.new_zeros(len(first), len(parents), first.shape[2])
+        for rows, probs_BEU in self._probs:
+            probs_BNU[:, list(rows)] = probs_BEU
+        self._probs = []
+        children_NS, ranks_N = _children(tuple(parents), first.device)
+        return Drawn(children_NS, ranks_N, probs_BNU, self._ids_U)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _children(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The children of every row in their order, and the place of every row among its siblings."""
+    children: list[list[int]] = [[] for _ in parents]
+    ranks = [0] * len(parents)
+    for row, parent in enumerate(parents[1:], start=1):
+        ranks[row] = len(children[parent])
+        children[parent].append(row)
+    widest = max(1, *map(len, children))
+    padded = [rows + [-1] * (widest - len(rows)) for rows in children]
+    return torch.tensor(padded, device=device), torch.tensor(ranks, device=device)
 
 
 def drawn_siblings(
@@ -43,21 +101,5 @@ def drawn_siblings(
     log_q_RU = (logits_RU.float() / scale_R1).log_softmax(-1)
     noise_RU = gumbel_ref(derived_seeds(seeds_R, DRAFT), positions_R, logits_RU.shape[1])
     score_RU = log_q_RU + torch.where(is_greedy_R1, 0.0, noise_RU)
-    ids_RK = score_RU.topk(count, dim=-1).indices
-    return Siblings(ids_RK, log_q_RU.gather(1, ids_RK), log_q_RU.exp())
-
-
-def coins(seeds_B: Tensor, positions_BN: Tensor, ranks_N: Tensor) -> Tensor:
-    """A uniform in [0, 1) for every node, float32: of its position and its rank among siblings."""
-    own_B1 = derived_seeds(seeds_B, COINS)[:, None]
-    zeros = torch.zeros_like(positions_BN)
-    counter = [ranks_N.expand_as(positions_BN), positions_BN & UINT32, zeros, zeros]
-    words_BN = philox_ref(counter, own_B1)[0]
-    return (words_BN >> (32 - COIN_BITS)).float() * 2.0**-COIN_BITS
-
-
-def derived_seeds(seeds_B: Tensor, use: int) -> Tensor:
-    """Other seeds, int64, as good as independent of `seeds_B` and of those for another use."""
-    zeros = torch.zeros_like(seeds_B)
-    low, high, *_ = philox_ref([zeros, zeros, zeros + use, zeros + 1], seeds_B)
-    return low | (high << 32)
+    ids_RA = score_RU.topk(count, dim=-1).indices
+    return Siblings(ids_RA, log_q_RU.gather(1, ids_RA), log_q_RU.exp())

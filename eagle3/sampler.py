@@ -6,18 +6,21 @@ without a draft, whatever the draft proposes and whoever runs beside.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from aerie.eagle3.logits_rules import Rule, rules_of
+from aerie.eagle3.noise import coins
 from aerie.eagle3.prefixes import Prefixes
+from aerie.eagle3.rejection import Drawn, walk
 from aerie.eagle3.sampling import SamplingParams
 from aerie.kernels.argmax import argmax, argmax_ref
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.draw import draw, draw_ref
-from aerie.kernels.row_filter import row_filter, row_filter_ref
+from aerie.kernels.row_filter import RowFilter, row_filter, row_filter_ref
+from aerie.kernels.target_probs import target_probs, target_probs_ref
 from aerie.llama4.cache import DeviceTree
 from aerie.llama4.kv_pool import rows_of
 
@@ -58,6 +61,7 @@ class Sampler:
         self._argmax = pick(backend, argmax, argmax_ref)
         self._row_filter = pick(backend, row_filter, row_filter_ref)
         self._draw = pick(backend, draw, draw_ref)
+        self._target_probs = pick(backend, target_probs, target_probs_ref)
 
     def join(
         self, row: int, params: SamplingParams, seed: int, end_ids: Iterable[int], num_prompt: int
@@ -75,14 +79,52 @@ class Sampler:
         """Whether any of the first `sequences` is judged by its prefix."""
         return any(request.rules for request in self._requests[:sequences])
 
-    def choose(self, logits_TV: Tensor, rows: ChoiceRows) -> Tensor:
-        """The target's token behind each row, int64 [T]; -1 where the logits allow none."""
+    def choose(
+        self, logits_TV: Tensor, rows: ChoiceRows, drawn: Drawn | None = None, depth: int = 0
+    ) -> Tensor:
+        """The target's token behind each row, int64 [T]; -1 where the logits allow none.
+
+        Of trees that were `drawn`, of `depth` levels, the tokens behind the rows that rejection
+        accepts: what is emitted is distributed as the target's own choice, and is not the same.
+        """
         requests = self._requests[rows.first : rows.first + len(rows.tokens_BN)]
         if any(request.rules for request in requests):
             logits_TV = self._ruled(logits_TV.float(), rows, requests)
         if all(request.params.is_greedy for request in requests):
             return self._argmax(logits_TV)
-        return self._drawn(logits_TV, rows.positions_T + 1, rows.first, requests)
+        kept = self._kept(logits_TV, rows.first, requests)
+        if drawn is not None:
+            return self._accepted(logits_TV, kept, rows, drawn, depth)
+        seeds_B = rows_of(self._columns.seeds_B, rows.first, len(requests))
+        seeds_T = seeds_B.repeat_interleave(rows.tokens_BN.shape[1])
+        return self._draw(logits_TV, kept, seeds_T, rows.positions_T + 1)
+
+    def _accepted(
+        self, logits_TV: Tensor, kept: RowFilter, rows: ChoiceRows, drawn: Drawn, depth: int
+    ) -> Tensor:
+        (sequences, count), vocabulary = rows.tokens_BN.shape, logits_TV.shape[1]
+        first_B = torch.arange(0, sequences * count, count, device=self._device)
+        ids_V = torch.arange(vocabulary, device=self._device).expand(sequences, -1)
+        seeds_B = rows_of(self._columns.seeds_B, rows.first, sequences)
+        positions_BN = rows.positions_T.view(sequences, count)
+
+        def p_of_rows(row_B: Tensor) -> Tensor:
+            at_B = first_B + row_B
+            own = RowFilter(*(getattr(kept, field.name)[at_B] for field in fields(RowFilter)))
+            return self._target_probs(logits_TV[at_B], ids_V, own)
+
+        def pick(left_BV: Tensor, level_B: Tensor) -> Tensor:
+            log_BV = left_BV.log()
+            all_kept = self._row_filter(log_BV, torch.ones_like(log_BV[:, 0]))
+            return self._draw(log_BV, all_kept, seeds_B, positions_BN[:, 0] + level_B)
+
+        coins_BN = coins(seeds_B, positions_BN, drawn.ranks_N)
+        return walk(p_of_rows, rows.tokens_BN, drawn, coins_BN, pick, depth).view(-1)
+
+    def temperatures_and_seeds(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """Of the first `sequences`; temperature 0 is greedy."""
+        columns = self._columns
+        return rows_of(columns.temperature_B, 0, sequences), rows_of(columns.seeds_B, 0, sequences)
 
     def _ruled(self, logits_TV: Tensor, rows: ChoiceRows, requests: list[_Request]) -> Tensor:
         count, parts = rows.tokens_BN.shape[1], logits_TV.split(rows.tokens_BN.shape[1])
@@ -104,9 +146,7 @@ class Sampler:
         assert all(len(part) == count for part in ruled)
         return torch.cat(ruled)
 
-    def _drawn(
-        self, logits_TV: Tensor, positions_T: Tensor, first: int, requests: list[_Request]
-    ) -> Tensor:
+    def _kept(self, logits_TV: Tensor, first: int, requests: list[_Request]) -> RowFilter:
         """A filter that no sequence asks for is left out; for others its column says off."""
         sequences, columns = len(requests), self._columns
         rows = len(logits_TV) // sequences
@@ -117,14 +157,13 @@ class Sampler:
         def if_any(is_on: Callable[[SamplingParams], bool], column_B: Tensor) -> Tensor | None:
             return of_rows(column_B) if any(is_on(r.params) for r in requests) else None
 
-        kept = self._row_filter(
+        return self._row_filter(
             logits_TV,
             of_rows(columns.temperature_B),
             if_any(lambda params: params.top_k > 0, columns.top_k_B),
             if_any(lambda params: params.top_p < 1, columns.top_p_B),
             if_any(lambda params: params.min_p > 0, columns.min_p_B),
         )
-        return self._draw(logits_TV, kept, of_rows(columns.seeds_B), positions_T)
 
 
 @dataclass(frozen=True)

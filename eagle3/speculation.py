@@ -8,7 +8,7 @@ from typing import Any
 from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.cost_measurement import measured_costs
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
+from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree, Verification
 from aerie.eagle3.reading import AS_WRITTEN, KEYS, Reading
 from aerie.eagle3.width import RoundCosts
 from aerie.llama4.model import Llama4ForCausalLM
@@ -36,6 +36,7 @@ class SpeculativeConfig:
     num_steps: int | None = None
     speculative_token_tree: Sequence[Sequence[int]] | None = None
     confidence_threshold: float = 0.0
+    verification: Verification = "match"
     cost_aware_width: RoundCosts | str | None = None
     reading: Reading = AS_WRITTEN
 
@@ -52,6 +53,11 @@ class SpeculativeConfig:
             )
         _ = self.policy  # checks its values
         width = self.cost_aware_width
+        if width is not None and self.verification == "rejection":
+            raise ValueError(
+                "cost_aware_width: leaves out nodes by their own probability, which verification "
+                "'rejection' does not allow; give one of them"
+            )
         if width is not None and width != MEASURED and not isinstance(width, RoundCosts):
             raise ValueError(f'cost_aware_width: must be "{MEASURED}" or costs, got {width!r}')
         if self.draft_tensor_parallel_size != 1 or self.draft_tensor_parallel_size is True:
@@ -74,11 +80,18 @@ class SpeculativeConfig:
                     f"speculative_token_tree: must be a list of lists of ranks, got "
                     f"{self.speculative_token_tree!r}"
                 )
-            return StaticTree(self.speculative_token_tree, self.confidence_threshold)
+            return StaticTree(
+                self.speculative_token_tree, self.confidence_threshold, self.verification
+            )
         if self.eagle_topk is None and self.num_steps is None:
-            return Chain(self.num_speculative_tokens, self.confidence_threshold)
+            return Chain(self.num_speculative_tokens, self.confidence_threshold, self.verification)
         if self.eagle_topk is None or self.num_steps is None:
             raise ValueError("eagle_topk, num_steps: a dynamic tree needs both")
+        if self.verification != "match":
+            raise ValueError(
+                "verification: must be match for a dynamic tree, which keeps nodes by their own "
+                f"probability, got {self.verification!r}"
+            )
         sizes = self.num_speculative_tokens, self.eagle_topk, self.num_steps
         return DynamicTree(*sizes, self.confidence_threshold)
 

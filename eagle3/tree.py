@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aerie.eagle3.rejection import Drawn
 from aerie.llama4.cache import DeviceTree, Tree
 from aerie.llama4.device_steps import chain_shape, device_shape
 
@@ -21,13 +22,15 @@ class DraftTree:
 
     No node is deeper than `depth`. Siblings carry distinct tokens. A shape of [N] is that of all
     sequences. `scores_BN`, where the drafter gives them, are the log-probabilities of the paths to
-    the nodes, as the draft sees them.
+    the nodes, as the draft sees them. `drawn` says from what, where nodes were drawn and must be
+    verified by rejection.
     """
 
     tokens_BN: Tensor
     shape: DeviceTree
     depth: int
     scores_BN: Tensor | None = None
+    drawn: Drawn | None = None
 
     @property
     def is_chain(self) -> bool:

@@ -12,7 +12,7 @@ a level, A children of a node.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -148,6 +148,7 @@ def _picked(x_TD: Tensor, parents_BK: Tensor) -> Tensor:
 class _Level:
     """One level of a fixed shape: parents and ranks of its nodes; which of them have children."""
 
+    parents: tuple[int, ...]  # rows of the tree whose children the level holds
     parent_K: Tensor  # among the expanded nodes of the level above
     rank_K: Tensor
     width: int
@@ -171,7 +172,8 @@ class StaticTreeDrafter(TreeDrafter):
             ranks = [path[-1] for path in nodes]
             columns = ([expanded.index(path[:-1]) for path in nodes], ranks, numbers)
             parent_K, rank_K, expanded_K = (torch.tensor(c, device=device).long() for c in columns)
-            self._levels.append(_Level(parent_K, rank_K, max(ranks) + 1, expanded_K))
+            above = tuple(rows[path] for path in expanded)
+            self._levels.append(_Level(above, parent_K, rank_K, max(ranks) + 1, expanded_K))
             expanded = [nodes[i] for i in numbers]
 
     def propose(self, committed: Committed) -> DraftTree:
@@ -183,7 +185,8 @@ class StaticTreeDrafter(TreeDrafter):
         )
         tokens, scores = [], []
         for number, level in enumerate(self._levels, start=1):
-            top = self.draft.top_tokens(output.post_norm_TD, level.width)
+            positions_B = committed.lengths_B + number
+            top = self._siblings(output.post_norm_TD, positions_B, level.parents, level.width)
             ids_BKA = top.ids_TA.view(sequences, -1, level.width)
             logprobs_BKA = top.logprobs_TA.view(ids_BKA.shape)
             tokens.append(ids_BKA[:, level.parent_K, level.rank_K])
@@ -203,4 +206,5 @@ class StaticTreeDrafter(TreeDrafter):
             output = self._run(frontier, len(parent_K))
         tokens_BN = torch.cat(tokens, dim=1)
         parents = tuple(self._parents[: tokens_BN.shape[1] + 1])
-        return fixed_tree(tokens_BN, parents, torch.cat(scores, dim=1))
+        tree = fixed_tree(tokens_BN, parents, torch.cat(scores, dim=1))
+        return tree if self.draws is None else replace(tree, drawn=self.draws.drawn(parents))

@@ -84,7 +84,7 @@ class Verifier:
         self.target.set_aux_hidden_state_layers(self.tap_layers)
         output = self.target(tokens_BN.view(-1), step)
         rows = ChoiceRows(0, lengths_B, tokens_BN, draft.shape, step.rows.positions_T)
-        chosen_T = self.sampler.choose(output.logits_TV, rows)
+        chosen_T = self.sampler.choose(output.logits_TV, rows, draft.drawn, draft.depth)
         return Verified(tokens_BN, chosen_T, output.aux_hidden_states, step)
 
     def accept(self, draft: DraftTree, verified: Verified) -> Acceptance:

@@ -1,0 +1,147 @@
+"""`verification: rejection` through the whole loop: drawn drafts give the target's distribution.
+
+The joint of three tokens over thousands of seeds, sequences of one batch, by chi-square against the
+target's own probabilities; loops that misjudge their drafts must fail. Greedy requests are exact, a
+sequence does not depend on its neighbours, and what cannot be verified so is refused.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aerie.eagle3 import sampled_drafts
+from aerie.eagle3.cost_aware import CostAware
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.generate import generate
+from aerie.eagle3.policies import Chain, Policy, StaticTree
+from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.eagle3.width import RoundCosts
+from aerie.embedded import DRAFT, TARGET
+from aerie.llama4.model import Llama4ForCausalLM
+from aerie.text import load_tokenizer
+from tests.test_lossless import random_draft, random_prompt, random_target
+
+TREE = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+POLICIES = [Chain(3, verification="rejection"), StaticTree(TREE, verification="rejection")]
+KEPT, HEAT, BATCH = 3, 2.0, 200
+LIMIT = 77.0  # chi-square of 26 degrees of freedom, alpha 1e-6
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = random_target(7, num_hidden_layers=4)
+    return target, random_draft(7, target)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A draft that knows its target: what it proposes is mostly what the target may say."""
+    target = Llama4ForCausalLM.from_pretrained(TARGET)
+    return target, Eagle3Llama4ForCausalLM.from_pretrained(DRAFT, target)
+
+
+@torch.inference_mode()
+def expected(target, prompt: list[int]) -> dict[tuple[int, ...], float]:
+    """Probabilities of the 27 continuations of three tokens, from passes over whole texts."""
+    shares: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for begin, share in shares.items():
+            ids = torch.tensor([*prompt, *begin])
+            logits = target(ids, target.allocate_cache(99).causal_step(len(ids))).logits_TV[-1]
+            top = (logits / HEAT).topk(KEPT)
+            for token, p in zip(top.indices.tolist(), top.values.softmax(0).tolist(), strict=True):
+                longer[(*begin, token)] = share * p
+        shares = longer
+    return shares
+
+
+def chi_square(pair, policy: Policy, count: int) -> float:
+    (target, draft), prompt = pair, load_tokenizer(TARGET).encode("The with statement").ids
+    shares = expected(target, prompt)
+    params = [SamplingParams(HEAT, top_k=KEPT, seed=seed) for seed in range(count)]
+    texts = generate(target, [prompt] * count, 3, draft, eos_token_ids=(), sampling=params,
+                     policy=policy, max_batch_size=BATCH)  # fmt: skip
+    counts = dict.fromkeys(shares, 0)
+    for text in texts:
+        counts[tuple(text.tokens)] += 1  # a token outside the top-k would be a KeyError
+    return sum((counts[t] - count * p) ** 2 / (count * p) for t, p in shares.items())
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_joint_of_three_tokens(trained, policy):
+    assert chi_square(trained, policy, 400) < LIMIT
+
+
+@pytest.mark.parametrize(("mistake", "count"), [("draft temperature", 400), ("greedy draft", 100)])
+def test_mistakes_would_show(trained, monkeypatch, mistake, count):
+    honest = sampled_drafts.drawn_siblings
+
+    def mistaken(logits_RU, temperatures_R, *rest):
+        drawn_at = 0 * temperatures_R if mistake == "greedy draft" else temperatures_R / 2
+        told = honest(logits_RU, temperatures_R, *rest).probs_RU
+        return replace(honest(logits_RU, drawn_at, *rest), probs_RU=told)
+
+    monkeypatch.setattr(sampled_drafts, "drawn_siblings", mistaken)
+    assert chi_square(trained, POLICIES[0], count) > LIMIT
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_sequence_does_not_depend_on_its_neighbours(pair, policy):
+    """Sampled and greedy ones mixed, with penalties; greedy ones are as without a draft."""
+    target, draft = pair
+    prompts = [random_prompt(number) for number in range(12)]
+    params = [
+        SamplingParams((0.0, 0.7, 1.3)[number % 3], seed=number, top_p=(1.0, 0.9)[number % 2],
+                       frequency_penalty=(0.0, 0.5)[number % 2])
+        for number in range(12)
+    ]  # fmt: skip
+    together = generate(target, prompts, 9, draft, eos_token_ids=(), sampling=params, policy=policy)
+    for text, prompt, own in zip(together, prompts, params, strict=True):
+        options = {"eos_token_ids": (), "sampling": own}
+        assert text.tokens == generate(target, prompt, 9, draft, policy=policy, **options).tokens
+        if own.is_greedy:
+            assert text.tokens == generate(target, prompt, 9, **options).tokens
+
+
+def test_triton_backend():
+    eager, triton = (random_target(9, backend) for backend in ("eager", "triton"))
+    params = SamplingParams(1.3, seed=4, top_k=8)
+    texts = [
+        generate(target, [5, 6, 7], 8, random_draft(9, target), eos_token_ids=(), sampling=params,
+                 policy=POLICIES[0]).tokens
+        for target in (eager, triton)
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+def test_no_distribution_is_an_error():
+    target = random_target(1)
+    draft = random_draft(1, target)
+    target.lm_head.weight.data[3, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="contain NaN or"):
+        generate(target, [1, 2], 4, draft, policy=POLICIES[0], sampling=SamplingParams(1.0))
+
+
+BAD = [
+    ({"verification": "typical"}, "verification: must be match or rejection, got 'typical'"),
+    ({"eagle_topk": 4, "num_steps": 2}, "verification: must be match for a dynamic tree"),
+    ({"cost_aware_width": "measured"}, "cost_aware_width: leaves out nodes by their own"),
+    ({"speculative_token_tree": [[1]]}, r"\[1\] lacks \[0\], which is drawn before it"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD)
+def test_rejects_what_rejection_cannot_verify(values, message):
+    with pytest.raises(ValueError, match=message):
+        SpeculativeConfig.from_dict({"verification": "rejection"} | values)
+
+
+def test_from_the_speculative_config():
+    make = SpeculativeConfig.from_dict
+    assert make({"verification": "rejection"}).policy == Chain(4, verification="rejection")
+    assert make({}).policy.verification == "match"
+    with pytest.raises(ValueError, match="cost_aware_width: leaves out nodes by their own"):
+        CostAware(POLICIES[0], RoundCosts({1: 1.0, 4: 2.0}))
