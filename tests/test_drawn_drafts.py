@@ -15,10 +15,13 @@ from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import generate
 from aerie.eagle3.policies import Chain, Policy, StaticTree
+from aerie.eagle3.rejection import Drawn
+from aerie.eagle3.sampler import ChoiceRows, Sampler
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.width import RoundCosts
 from aerie.embedded import DRAFT, TARGET
+from aerie.llama4.device_steps import chain_shape
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 from tests.test_lossless import random_draft, random_prompt, random_target
@@ -107,14 +110,28 @@ def test_a_sequence_does_not_depend_on_its_neighbours(pair, policy):
 
 
 def test_triton_backend():
-    eager, triton = (random_target(9, backend) for backend in ("eager", "triton"))
-    params = SamplingParams(1.3, seed=4, top_k=8)
-    texts = [
-        generate(target, [5, 6, 7], 8, random_draft(9, target), eos_token_ids=(), sampling=params,
-                 policy=POLICIES[0]).tokens
-        for target in (eager, triton)
-    ]  # fmt: skip
-    assert texts[0] == texts[1]
+    """The same choices from the kernels, for trees of which some tokens are accepted."""
+    sequences, rows, vocabulary = 4, 3, 32
+    generator = torch.Generator().manual_seed(1)
+    logits_TV = torch.randn(sequences * rows, vocabulary, generator=generator)
+    best_BN = logits_TV[:, :20].argmax(-1).view(sequences, rows)
+    tokens_BN = best_BN.roll(1, dims=1)  # the child of every row is its best
+    probs_BNU = torch.full((sequences, rows, 20), 1 / 20)
+    probs_BNU.scatter_(2, best_BN[:, :, None], 0.3)
+    children_NS, ranks_N = torch.tensor([[1], [2], [-1]]), torch.zeros(rows, dtype=torch.int64)
+    drawn = Drawn(children_NS, ranks_N, probs_BNU, torch.arange(20))
+    positions_T = (5 + torch.arange(rows)).repeat(sequences)
+    shape, lengths_B = chain_shape(rows, positions_T.device), torch.full((sequences,), 5)
+    chosen = []
+    for backend in ("eager", "triton"):
+        known_BS = torch.zeros(sequences, 20, dtype=torch.int64)
+        sampler = Sampler(known_BS, vocabulary, backend, positions_T.device)
+        for number in range(sequences):
+            sampler.join(number, SamplingParams(0.9, top_k=8), number, (), 3)
+        at = ChoiceRows(0, lengths_B, tokens_BN, shape, positions_T)
+        chosen.append(sampler.choose(logits_TV, at, drawn, 2).tolist())
+    assert chosen[0] == chosen[1]
+    assert sum(token >= 0 for token in chosen[0]) > sequences
 
 
 def test_no_distribution_is_an_error():
