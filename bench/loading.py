@@ -3,7 +3,8 @@
 `load_file` maps the file and reads nothing, so it is shown three ways: as it is; with every page
 touched, which leaves the weights in the file's own cache; and cloned into memory of its own, which
 is what a loader that keeps its weights has to do. Ours reads into such memory, checks every header
-and value, and lays packed projections out as the kernels want them.
+and value, and turns what the backend reads crosswise: the eager one its linears, the kernels the
+fused experts (which a GPU turns itself).
 """
 
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from aerie.kernels.backend import ResolvedBackend
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.model import Llama4ForCausalLM
 
@@ -48,11 +50,11 @@ def _touched(folder: Path) -> Any:
     return tensors
 
 
-def _ours(folder: Path, check_finite: bool = True) -> Any:
-    with pytest.MonkeyPatch.context() as patch:  # its layout; no kernel is launched
+def _ours(folder: Path, backend: ResolvedBackend = "eager", check_finite: bool = True) -> Any:
+    with pytest.MonkeyPatch.context() as patch:  # a layout; no kernel is launched
         patch.setattr("aerie.llama4.model.resolve", lambda backend, device: backend)
         return Llama4ForCausalLM.from_pretrained(
-            folder, torch.bfloat16, backend="triton", check_finite=check_finite
+            folder, torch.bfloat16, backend=backend, check_finite=check_finite
         )
 
 
@@ -62,6 +64,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "load_file, cloned": _cloned,
     "aerie": _ours,
     "aerie, values unchecked": lambda folder: _ours(folder, check_finite=False),
+    "aerie, as the kernels read": lambda folder: _ours(folder, "triton"),
 }
 
 

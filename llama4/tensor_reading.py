@@ -156,8 +156,18 @@ def _place_rows(file: int, copy: Copy, first: int, last: int) -> Tensor:
     if _read_in_place(file, source, first, piece):
         return piece
     rows = _read_rows(file, source, first, last)
-    piece.copy_(rows)
+    _put(rows, piece)
     return rows if rows.dtype == piece.dtype else piece  # rows are dense and still in the cache
+
+
+def _put(rows: Tensor, piece: Tensor) -> None:
+    """Experts that lie crosswise go one by one: PyTorch transposes a matrix in blocks."""
+    is_crosswise = rows.ndim == 3 and not piece.is_contiguous() and piece.mT.is_contiguous()
+    if is_crosswise and piece.device.type == "cpu":
+        for target, source in zip(piece.mT, rows.mT, strict=True):
+            target.copy_(source)
+    else:
+        piece.copy_(rows)
 
 
 def _quantize_rows(copy: Copy, rows: Tensor, first: int, last: int) -> None:
