@@ -1,8 +1,8 @@
 """Room for weights that a loader fills, on huge pages where the system has them.
 
 Filling fresh memory on a CPU costs more in page faults than in reading the file: 1.4 GB/s with
-pages of 4 KiB, 4.3 GB/s with 2 MiB, from one thread and a warm file (the reading alone;
-`bench/loading.py` measures the whole). Linux gives huge pages to private mappings that ask for them.
+pages of 4 KiB, 4.3 GB/s with 2 MiB, from one thread and a warm file (the reading alone; for all of
+it see `bench/loading.py`). Linux gives huge pages to private mappings that ask for them.
 """
 
 import mmap
