@@ -16,6 +16,7 @@ from aerie.eagle3.drafter import Drafter, PromptRows
 from aerie.eagle3.ends import Detokenize, FinishReason
 from aerie.eagle3.engine import Engine, Report
 from aerie.eagle3.interface import Target
+from aerie.eagle3.parallel_draft import RemoteDraft
 from aerie.eagle3.policies import Chain, Policy
 from aerie.eagle3.rows import Pair, Rows
 from aerie.eagle3.sampling import SamplingParams
@@ -114,8 +115,9 @@ class Decodings(Stream):
                 f"requests, max_batch_size: at least 1 of each, got {len(requests)} and "
                 f"{max_batch_size}"
             )
-        if pair.draft is not None and any(request.images for request in requests):
-            check_draft_takes_images(pair.draft, pair.target)
+        draft, has_images = pair.draft, any(request.images for request in requests)
+        if isinstance(draft, Eagle3Llama4ForCausalLM) and has_images:
+            check_draft_takes_images(draft, pair.target)
         capacity = min(max_batch_size, len(requests))
         self.rows = Rows(pair, requests, capacity, kv_cache_dtype, kv_cache_bytes)
         self.passes = Speculation(pair, self.rows)
@@ -131,7 +133,7 @@ class Decoding(SingleStream):
         target: Target,
         prompt_ids: Sequence[int],
         max_new_tokens: int | None = None,
-        draft: Eagle3Llama4ForCausalLM | None = None,
+        draft: Eagle3Llama4ForCausalLM | RemoteDraft | None = None,
         num_speculative_tokens: int = 4,
         eos_token_ids: Sequence[int] | None = None,
         drafter: Drafter | None = None,
@@ -163,7 +165,7 @@ def generate(
     target: Target,
     prompt_ids: Sequence[int],
     max_new_tokens: int | None = None,
-    draft: Eagle3Llama4ForCausalLM | None = None,
+    draft: Eagle3Llama4ForCausalLM | RemoteDraft | None = None,
     num_speculative_tokens: int = 4,
     eos_token_ids: Sequence[int] | None = None,
     kv_cache_dtype: KVCacheDtype = "auto",
@@ -180,7 +182,7 @@ def generate(
     target: Target,
     prompt_ids: Sequence[Sequence[int]],
     max_new_tokens: int | None = None,
-    draft: Eagle3Llama4ForCausalLM | None = None,
+    draft: Eagle3Llama4ForCausalLM | RemoteDraft | None = None,
     num_speculative_tokens: int = 4,
     eos_token_ids: Sequence[int] | None = None,
     kv_cache_dtype: KVCacheDtype = "auto",

@@ -2,7 +2,8 @@
 
 A rule sees all rows of a pass at once, [T, V] float32, and changes a row by nothing but that row
 and its prefix: so a token is judged alike whether its position is verified in a tree or decoded
-alone. All but custom processors stay on the device.
+alone. All but custom processors stay on the device. On one rank of several a row has that rank's
+columns, `own_ids`; a rule changes those and leaves the others to the other ranks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,30 +18,32 @@ Rule = Callable[[Tensor, Prefixes], Tensor]
 
 
 def rules_of(
-    params: SamplingParams, end_ids: Iterable[int], vocab_size: int, device: torch.device
+    params: SamplingParams, end_ids: Iterable[int], own_ids: range, device: torch.device
 ) -> list[Rule]:
     """The rules that `params` switches on, in the order of `sampling`."""
     rules: list[Rule] = []
-    if params.logit_bias:
-        bias_V = torch.zeros(vocab_size, device=device)
-        bias_V[list(params.logit_bias)] = torch.tensor(
-            list(params.logit_bias.values()), dtype=torch.float32, device=device
-        )
+    bias = {own_ids.index(v): x for v, x in params.logit_bias.items() if v in own_ids}
+    if bias:
+        bias_V = torch.zeros(len(own_ids), device=device)
+        bias_V[list(bias)] = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
         rules.append(lambda logits_TV, _: logits_TV + bias_V)
-    rules += [_bad_word(word, device) for word in params.bad_words_ids]
-    ends = sorted({*end_ids, *params.stop_token_ids})
+    words = [word for word in params.bad_words_ids if word[-1] in own_ids]
+    rules += [_bad_word(word[:-1], own_ids.index(word[-1]), device) for word in words]
+    ends = sorted(own_ids.index(v) for v in {*end_ids, *params.stop_token_ids} if v in own_ids)
     if params.min_tokens > 0 and ends:
         rules.append(_min_tokens(params.min_tokens, torch.tensor(ends, device=device)))
     if params.repetition_penalty != 1.0:
-        rules.append(_repetition_penalty(params.repetition_penalty))
+        rules.append(_repetition_penalty(params.repetition_penalty, own_ids))
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-        rules.append(_output_penalties(params.presence_penalty, params.frequency_penalty))
+        penalties = params.presence_penalty, params.frequency_penalty
+        rules.append(_output_penalties(*penalties, own_ids))
     rules += [_custom(processor) for processor in params.logits_processors]
     return rules
 
 
-def _bad_word(word: Sequence[int], device: torch.device) -> Rule:
-    begin, last = torch.tensor(list(word[:-1]), dtype=torch.int64, device=device), word[-1]
+def _bad_word(beginning: Sequence[int], last: int, device: torch.device) -> Rule:
+    """`last` is a column, behind tokens."""
+    begin = torch.tensor(list(beginning), dtype=torch.int64, device=device)
 
     def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
         banned_TV = torch.zeros_like(logits_TV)
@@ -63,32 +66,38 @@ def _min_tokens(count: int, ends: Tensor) -> Rule:
     return rule
 
 
-def _repetition_penalty(penalty: float) -> Rule:
+def _repetition_penalty(penalty: float, own_ids: range) -> Rule:
     def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
-        is_seen_TV = _counts(prefixes, 0, logits_TV) > 0
+        is_seen_TV = _counts(prefixes, 0, own_ids, logits_TV.dtype) > 0
         scaled_TV = torch.where(logits_TV > 0, logits_TV / penalty, logits_TV * penalty)
         return torch.where(is_seen_TV, scaled_TV, logits_TV)
 
     return rule
 
 
-def _output_penalties(presence: float, frequency: float) -> Rule:
+def _output_penalties(presence: float, frequency: float, own_ids: range) -> Rule:
     def rule(logits_TV: Tensor, prefixes: Prefixes) -> Tensor:
-        counts_TV = _counts(prefixes, prefixes.num_prompt, logits_TV)
+        counts_TV = _counts(prefixes, prefixes.num_prompt, own_ids, logits_TV.dtype)
         return logits_TV - frequency * counts_TV - presence * (counts_TV > 0)
 
     return rule
 
 
-def _counts(prefixes: Prefixes, first: int, like_TV: Tensor) -> Tensor:
-    """How often each token stands at known positions from `first` on and on each row's path."""
-    known_V = torch.zeros_like(like_TV[0])
-    is_known_S = prefixes.known_since(first).to(like_TV.dtype)
-    known_V.scatter_add_(0, prefixes.ids_S, is_known_S)
-    rows = len(prefixes.tokens_T)
-    tokens_TT = prefixes.tokens_T.expand(rows, rows)
-    drafted_TT = prefixes.drafted_TT().to(like_TV.dtype)
-    return known_V.expand(rows, -1).clone().scatter_add_(1, tokens_TT, drafted_TT)
+def _counts(prefixes: Prefixes, first: int, own_ids: range, dtype: torch.dtype) -> Tensor:
+    """How often each of `own_ids` stands at known positions from `first` on and on a row's path."""
+    rows, elsewhere = len(prefixes.tokens_T), len(own_ids)  # a column for all other ids
+
+    def columns(ids: Tensor) -> Tensor:
+        is_own = (ids >= own_ids.start) & (ids < own_ids.stop)
+        return torch.where(is_own, ids - own_ids.start, elsewhere)
+
+    is_known_S = prefixes.known_since(first).to(dtype)
+    known_V = is_known_S.new_zeros(elsewhere + 1)
+    known_V.scatter_add_(0, columns(prefixes.ids_S), is_known_S)
+    tokens_TT = columns(prefixes.tokens_T).expand(rows, rows)
+    drafted_TT = prefixes.drafted_TT().to(dtype)
+    counts_TV = known_V.expand(rows, -1).clone().scatter_add_(1, tokens_TT, drafted_TT)
+    return counts_TV[:, :elsewhere]
 
 
 def _custom(processor: LogitsProcessor) -> Rule:

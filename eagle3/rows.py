@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.batch import Batch
+from aerie.eagle3.broadcast_drafter import FollowingDrafter, LeadingDrafter
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import CachedDrafter, Drafter, NoDrafter
 from aerie.eagle3.engine import PREFILL_ROWS
+from aerie.eagle3.parallel_draft import RemoteDraft
 from aerie.eagle3.policies import Policy
 from aerie.eagle3.sampled_drafts import Draws
 from aerie.eagle3.sampler import Sampler
 from aerie.eagle3.sequences import Request
 from aerie.kernels.tree_rows import MAX_TREE_ROWS
 from aerie.llama4.cache import PagedKVCache
+from aerie.llama4.communicator import agreed, from_first
 from aerie.llama4.kv_plan import PAGE_SIZE, pages_in_pool
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
@@ -31,13 +34,18 @@ class Pair:
     """Who decodes: a target, a draft or another drafter or neither, and how they draft."""
 
     target: Llama4ForCausalLM
-    draft: Eagle3Llama4ForCausalLM | None
+    draft: Eagle3Llama4ForCausalLM | RemoteDraft | None
     policy: Policy
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
         if self.draft is not None and not self.draft.is_bound_to(self.target):
             raise ValueError("draft: was loaded for another target; load it with this one")
+        if self.policy.verification == "rejection" and self.target.communicator is not None:
+            raise ValueError(
+                "verification: 'rejection' takes whole rows of probabilities, which a target that "
+                "is cut over ranks never has; use 'match'"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -90,18 +98,18 @@ class Rows:
         pages = [-(-slots // PAGE_SIZE) for slots in needs]
         num_pages = sum(pages[:capacity])
         if kv_cache_bytes is not None:
-            num_pages = min(num_pages, self._pages_within(kv_cache_bytes, pair, needs[0]))
+            fitting = self._pages_within(kv_cache_bytes, pair, needs[0])
+            num_pages = min(num_pages, from_first(fitting, target.communicator))
             if num_pages < pages[0]:
                 raise ValueError(
                     f"kv_cache_bytes: a request of {needs[0]} tokens, drafts included, needs "
                     f"{pages[0]} pages of {PAGE_SIZE}, and {kv_cache_bytes} bytes hold "
                     f"{num_pages}; allow more memory or ask for fewer tokens"
                 )
-        self.cache, draft_cache = self._caches(pair, needs[0], num_pages)
-        self.drafter: Drafter = pair.drafter or NoDrafter()
-        if pair.draft is not None and draft_cache is not None:
-            taps = pair.draft.tap_layers(target)
-            self.drafter = pair.policy.drafter(pair.draft, draft_cache, taps)
+        self.cache, draft_cache = agreed(
+            lambda: self._caches(pair, needs[0], num_pages), target.communicator
+        )
+        self.drafter = agreed(lambda: _drafter(pair, draft_cache), target.communicator)
         own = self.drafter.cache
         self.caches = [self.cache] if own is None else [self.cache, own]
         num_taps, width = len(self.drafter.tap_layers), target.config.hidden_size
@@ -109,7 +117,10 @@ class Rows:
             capacity, needs[0], pair.depth + 1, num_taps, width, target.dtype, device
         )
         vocab_size = target.config.vocab_size
-        self.sampler = Sampler(self.batch.ids_BS, vocab_size, target.backend, device)
+        self._communicator = target.communicator
+        self.sampler = Sampler(
+            self.batch.ids_BS, vocab_size, target.backend, device, self._communicator
+        )
         if pair.policy.verification == "rejection" and isinstance(self.drafter, CachedDrafter):
             self.drafter.draws = Draws(self.drafter.draft, self.sampler)
 
@@ -120,7 +131,9 @@ class Rows:
         return sum(pool.num_pages - pool.num_free_pages for pool in pools)
 
     def has_room_for(self, request: Request) -> bool:
-        return all(cache.has_room_for(request.max_length + self.slack) for cache in self.caches)
+        slots = request.max_length + self.slack
+        has_room = all(cache.has_room_for(slots) for cache in self.caches)
+        return from_first(has_room, self._communicator)
 
     @torch.inference_mode()
     def join(self, row: int, request: Request) -> None:
@@ -161,7 +174,7 @@ class Rows:
             kv_cache_dtype=kind,
             num_pages=num_pages,
         )
-        if pair.draft is None or pair.drafter is not None:
+        if pair.draft is None or isinstance(pair.draft, RemoteDraft) or pair.drafter is not None:
             return cache, None
         return cache, pair.draft.allocate_cache(
             slots, self.capacity, kv_cache_dtype=kind, num_pages=num_pages
@@ -182,3 +195,18 @@ class Rows:
         most = num_bytes // max(1, bytes_of(1))
         most = max(most, self.capacity * -(-slots // PAGE_SIZE))
         return bisect_right(range(1, most + 1), num_bytes, key=bytes_of)
+
+
+def _drafter(pair: Pair, cache: PagedKVCache | None) -> Drafter:
+    """The pair's own, or its policy's; a draft that is whole beside a cut target has followers."""
+    communicator, draft = pair.target.communicator, pair.draft
+    if pair.drafter is not None or draft is None:
+        return pair.drafter or NoDrafter()
+    if isinstance(draft, RemoteDraft):
+        assert communicator is not None
+        return FollowingDrafter(pair.policy, communicator)
+    assert cache is not None
+    drafter = pair.policy.drafter(draft, cache, draft.tap_layers(pair.target))
+    if communicator is None or draft.communicator is not None:
+        return drafter
+    return LeadingDrafter(drafter, pair.policy, communicator)

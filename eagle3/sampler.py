@@ -16,12 +16,14 @@ from aerie.eagle3.noise import coins
 from aerie.eagle3.prefixes import Prefixes
 from aerie.eagle3.rejection import Drawn, walk
 from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.sharded_choice import ShardedChoice
 from aerie.kernels.argmax import argmax, argmax_ref
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.draw import draw, draw_ref
 from aerie.kernels.row_filter import RowFilter, row_filter, row_filter_ref
 from aerie.kernels.target_probs import target_probs, target_probs_ref
 from aerie.llama4.cache import DeviceTree
+from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.kv_pool import rows_of
 
 GREEDY = SamplingParams()
@@ -52,10 +54,20 @@ class Sampler:
     """Chooses for the sequences of a batch, each by its own parameters; `ids_BS` are its tokens."""
 
     def __init__(
-        self, ids_BS: Tensor, vocab_size: int, backend: ResolvedBackend, device: torch.device
+        self,
+        ids_BS: Tensor,
+        vocab_size: int,
+        backend: ResolvedBackend,
+        device: torch.device,
+        communicator: Communicator | None = None,
     ) -> None:
+        """With a `communicator` the logits are this rank's columns, and all ranks choose alike."""
         capacity = len(ids_BS)
-        self._ids_BS, self._vocab_size, self._device = ids_BS, vocab_size, device
+        self._ids_BS, self._device = ids_BS, device
+        part = shard_of(communicator).part(vocab_size)
+        self._own_ids, self._sharded = range(part.start, part.stop), None
+        if communicator is not None:
+            self._sharded = ShardedChoice(communicator, vocab_size, backend)
         self._requests = [_Request(GREEDY, [], 0)] * capacity
         self._columns = _Columns.zeros(capacity, device)
         self._argmax = pick(backend, argmax, argmax_ref)
@@ -67,7 +79,7 @@ class Sampler:
         self, row: int, params: SamplingParams, seed: int, end_ids: Iterable[int], num_prompt: int
     ) -> None:
         """Sequence `row` follows `params` from now on; `end_ids` are what min_tokens holds back."""
-        rules = rules_of(params, end_ids, self._vocab_size, self._device)
+        rules = rules_of(params, end_ids, self._own_ids, self._device)
         self._requests[row] = _Request(params, rules, num_prompt)
         self._columns.set(row, params, seed)
 
@@ -90,6 +102,8 @@ class Sampler:
         requests = self._requests[rows.first : rows.first + len(rows.tokens_BN)]
         if any(request.rules for request in requests):
             logits_TV = self._ruled(logits_TV.float(), rows, requests)
+        if self._sharded is not None:
+            return self._from_columns(self._sharded, logits_TV, rows, requests)
         if all(request.params.is_greedy for request in requests):
             return self._argmax(logits_TV)
         kept = self._kept(logits_TV, rows.first, requests)
@@ -146,10 +160,32 @@ class Sampler:
         assert all(len(part) == count for part in ruled)
         return torch.cat(ruled)
 
+    def _from_columns(
+        self,
+        sharded: ShardedChoice,
+        logits_TV: Tensor,
+        rows: ChoiceRows,
+        requests: list[_Request],
+    ) -> Tensor:
+        if all(request.params.is_greedy for request in requests):
+            return sharded.greedy(logits_TV)
+        seeds_B = rows_of(self._columns.seeds_B, rows.first, len(requests))
+        seeds_T = seeds_B.repeat_interleave(rows.tokens_BN.shape[1])
+        filters = self._filters(len(logits_TV), rows.first, requests)
+        return sharded.drawn(logits_TV, seeds_T, rows.positions_T + 1, *filters)
+
     def _kept(self, logits_TV: Tensor, first: int, requests: list[_Request]) -> RowFilter:
-        """A filter that no sequence asks for is left out; for others its column says off."""
+        return self._row_filter(logits_TV, *self._filters(len(logits_TV), first, requests))
+
+    def _filters(
+        self, num_rows: int, first: int, requests: list[_Request]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Temperature, top-k, top-p and min-p of every row.
+
+        A filter that no sequence asks for is left out; for others its column says off.
+        """
         sequences, columns = len(requests), self._columns
-        rows = len(logits_TV) // sequences
+        rows = num_rows // sequences
 
         def of_rows(column_B: Tensor) -> Tensor:
             return rows_of(column_B, first, sequences).repeat_interleave(rows)
@@ -157,8 +193,7 @@ class Sampler:
         def if_any(is_on: Callable[[SamplingParams], bool], column_B: Tensor) -> Tensor | None:
             return of_rows(column_B) if any(is_on(r.params) for r in requests) else None
 
-        return self._row_filter(
-            logits_TV,
+        return (
             of_rows(columns.temperature_B),
             if_any(lambda params: params.top_k > 0, columns.top_k_B),
             if_any(lambda params: params.top_p < 1, columns.top_p_B),

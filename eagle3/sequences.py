@@ -58,6 +58,11 @@ class Request:
         if images is not None:
             _check_images(images, prompt_ids, target)
         sampling.check_vocabulary(target.config.vocab_size)
+        if target.communicator is not None and sampling.logits_processors:
+            raise ValueError(
+                "logits_processors: take whole rows of logits, which a target that is cut over "
+                f"ranks never has, got {len(sampling.logits_processors)}"
+            )
         eos = target.config.eos_token_ids if eos_token_ids is None else eos_token_ids
         ends = Ends(
             frozenset(eos),
@@ -72,6 +77,8 @@ class Request:
         seed = sampling.seed
         if seed is None:
             seed = 0 if sampling.is_greedy else int(torch.randint(2**63 - 1, ()))
+            if target.communicator is not None and not sampling.is_greedy:
+                seed = target.communicator.from_first(seed)
         return cls(list(prompt_ids), limit, sampling, seed, ends, images)
 
     @property

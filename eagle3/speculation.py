@@ -8,6 +8,7 @@ from typing import Any
 from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.cost_measurement import measured_costs
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.parallel_draft import RemoteDraft
 from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree, Verification
 from aerie.eagle3.reading import AS_WRITTEN, KEYS, Reading
 from aerie.eagle3.width import RoundCosts
@@ -60,10 +61,10 @@ class SpeculativeConfig:
             )
         if width is not None and width != MEASURED and not isinstance(width, RoundCosts):
             raise ValueError(f'cost_aware_width: must be "{MEASURED}" or costs, got {width!r}')
-        if self.draft_tensor_parallel_size != 1 or self.draft_tensor_parallel_size is True:
+        size = self.draft_tensor_parallel_size
+        if type(size) is not int or size < 1:
             raise ValueError(
-                "draft_tensor_parallel_size: must be 1 (the target's size), "
-                f"got {self.draft_tensor_parallel_size!r}"
+                f"draft_tensor_parallel_size: must be 1 or the target's size, got {size!r}"
             )
 
     @property
@@ -95,12 +96,22 @@ class SpeculativeConfig:
         sizes = self.num_speculative_tokens, self.eagle_topk, self.num_steps
         return DynamicTree(*sizes, self.confidence_threshold)
 
-    def policy_on(self, target: Llama4ForCausalLM, draft: Eagle3Llama4ForCausalLM | None) -> Policy:
-        """The policy, cost-aware if asked; "measured" takes up to two seconds of this pair."""
+    def policy_on(
+        self, target: Llama4ForCausalLM, draft: Eagle3Llama4ForCausalLM | RemoteDraft | None
+    ) -> Policy:
+        """The policy, cost-aware if asked; "measured" takes up to two seconds of this pair.
+
+        Raises ValueError for "measured" on a target that is cut over ranks.
+        """
         if self.cost_aware_width is None or draft is None:
             return self.policy
         if isinstance(self.cost_aware_width, RoundCosts):
             return CostAware(self.policy, self.cost_aware_width)
+        if target.communicator is not None or isinstance(draft, RemoteDraft):
+            raise ValueError(
+                f"cost_aware_width: {MEASURED!r} would be other numbers on every rank of a target "
+                'that is cut; give them, {"verify_ms": {ROWS: MS, ...}}'
+            )
         return CostAware(self.policy, measured_costs(target, draft, self.policy.num_rows))
 
     @classmethod

@@ -9,6 +9,7 @@ others' calls with an error, at the latest after the group's timeout.
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -41,9 +42,7 @@ class Communicator:
         self.group = group
         self.shard = Shard(dist.get_rank(group), dist.get_world_size(group), expert_parallel)
         self._ranks = dist.get_process_group_ranks(group)
-        host = dist.new_group(self._ranks, LOADING, "gloo", use_local_synchronization=True)
-        assert isinstance(host, dist.ProcessGroup), "a member of the group it was made for"
-        self._host = host
+        self._host = _host_group(group)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all of them; in place."""
@@ -106,6 +105,15 @@ class Communicator:
         return result  # pyright: ignore[reportReturnType]  work's own
 
 
+@lru_cache
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The same ranks over gloo, made once: they meet for it."""
+    ranks = dist.get_process_group_ranks(group)
+    host = dist.new_group(ranks, LOADING, "gloo", use_local_synchronization=True)
+    assert isinstance(host, dist.ProcessGroup), "a member of the group it was made for"
+    return host
+
+
 class LoneRank(Communicator):
     """A rank's place without the others, for a model that is planned or looked at: its sums are
     its own summands."""
@@ -129,3 +137,13 @@ def communicator_of(
 def shard_of(communicator: Communicator | None) -> Shard:
     """The part of the model that this process holds."""
     return WHOLE if communicator is None else communicator.shard
+
+
+def agreed(work: Callable[[], T], communicator: Communicator | None) -> T:
+    """`work`, which all ranks finish or none does."""
+    return work() if communicator is None else communicator.together(work)
+
+
+def from_first(value: T, communicator: Communicator | None) -> T:
+    """What rank 0 decided, on all ranks."""
+    return value if communicator is None else communicator.from_first(value)

@@ -22,7 +22,7 @@ from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rota
 from aerie.llama4.attention import Attention
 from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
 from aerie.llama4.checkpoint import LoadOptions, Progress, Renaming, load_weights
-from aerie.llama4.communicator import Communicator, communicator_of, shard_of
+from aerie.llama4.communicator import Communicator, agreed, communicator_of, shard_of
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.fp8_layout import hold_fp8, take_kv_scales
 from aerie.llama4.hub import resolve_folder
@@ -212,7 +212,7 @@ class Llama4ForCausalLM(Module):
             LoadOptions(dtype, device, check_finite=check_finite, progress=progress),
             communicator,
         )
-        return load() if communicator is None else communicator.together(load)
+        return agreed(load, communicator)
 
     @classmethod
     def _load(
