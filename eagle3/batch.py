@@ -73,10 +73,11 @@ class Batch:
             tuple(rows_of(tap_BPD, 0, sequences)[:, :width] for tap_BPD in self.taps_BPD),
         )
 
-    def join(self, row: int, prompt_ids_T: Tensor) -> None:
-        """An empty sequence with a known beginning."""
-        for column_B in (self.lengths_B, self.starts_B, self.counts_B, self.is_running_B):
+    def join(self, row: int, prompt_ids_T: Tensor, num_cached: int = 0) -> None:
+        """A sequence with a known beginning, of which `num_cached` tokens have run."""
+        for column_B in (self.starts_B, self.counts_B, self.is_running_B):
             column_B[row] = 0
+        self.lengths_B[row] = num_cached
         self.ids_BS[row, : len(prompt_ids_T)] = prompt_ids_T
 
     def begin(self, row: int, root_T: Tensor, taps_TD: Sequence[Tensor]) -> None:

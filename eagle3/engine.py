@@ -63,7 +63,7 @@ class Places(Protocol):
     capacity: int
 
     def has_room_for(self, request: Request) -> bool: ...
-    def join(self, row: int, request: Request) -> None: ...
+    def join(self, row: int, request: Request, num_cached: int) -> None: ...
     def move(self, source: int, target: int) -> None: ...
     def leave(self, row: int) -> None: ...
 
@@ -104,9 +104,9 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def add(self, request: Request) -> Decoded:
-        """Queues a request."""
-        decoded = Decoded(request)
+    def add(self, request: Request, num_cached: int = 0) -> Decoded:
+        """Queues a request, whose row will hold the first `num_cached` tokens already."""
+        decoded = Decoded(request, num_prefilled=num_cached)
         self._waiting.append(decoded)
         return decoded
 
@@ -156,7 +156,7 @@ class Engine:
         if not self._places.has_room_for(self._waiting[0].request):
             return False
         decoded = self._waiting.popleft()
-        self._places.join(len(self._rows), decoded.request)
+        self._places.join(len(self._rows), decoded.request, decoded.num_prefilled)
         self._rows.append(decoded)
         return True
 

@@ -119,7 +119,8 @@ class Decodings(Stream):
         if isinstance(draft, Eagle3Llama4ForCausalLM) and has_images:
             check_draft_takes_images(draft, pair.target)
         capacity = min(max_batch_size, len(requests))
-        self.rows = Rows(pair, requests, capacity, kv_cache_dtype, kv_cache_bytes)
+        lengths = [request.max_length for request in requests]
+        self.rows = Rows(pair, lengths, capacity, kv_cache_dtype, kv_cache_bytes)
         self.passes = Speculation(pair, self.rows)
         engine = Engine(self.passes, self.rows, pair.lag)
         super().__init__(engine, [engine.add(request) for request in requests])

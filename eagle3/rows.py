@@ -72,7 +72,7 @@ class Pair:
 
 
 class Rows:
-    """Room for `capacity` of `requests` at a time; others of up to the same length may follow.
+    """Room for `capacity` sequences at a time, of texts that grow to `max_lengths` tokens.
 
     Its tensors belong to inference mode, whose views of them are the cheapest: 4 % of a pass of the
     embedded target on a CPU. So what writes them runs in that mode wherever it is called.
@@ -82,19 +82,19 @@ class Rows:
     def __init__(
         self,
         pair: Pair,
-        requests: Sequence[Request],
+        max_lengths: Sequence[int],
         capacity: int,
         kv_cache_dtype: KVCacheDtype = "auto",
         kv_cache_bytes: int | None = None,
     ) -> None:
-        """`kv_cache_bytes` None is as much as the `capacity` longest requests need.
+        """`kv_cache_bytes` None is as much as the `capacity` longest texts need.
 
-        Raises ValueError where a request does not fit in.
+        Raises ValueError where one of them does not fit in.
         """
         target, device = pair.target, pair.device
         self.capacity, self.slack, self.device = capacity, pair.slack, device
         self._kv_cache_dtype: KVCacheDtype = kv_cache_dtype
-        needs = sorted((request.max_length + pair.slack for request in requests), reverse=True)
+        needs = sorted((length + pair.slack for length in max_lengths), reverse=True)
         pages = [-(-slots // PAGE_SIZE) for slots in needs]
         num_pages = sum(pages[:capacity])
         if kv_cache_bytes is not None:
@@ -135,12 +135,21 @@ class Rows:
         has_room = all(cache.has_room_for(slots) for cache in self.caches)
         return from_first(has_room, self._communicator)
 
-    @torch.inference_mode()
-    def join(self, row: int, request: Request) -> None:
+    def join(self, row: int, request: Request, num_cached: int = 0) -> None:
         """Row `row` is the request's, with all the pages it can need."""
+        self.allot(row, request.max_length)
+        self.begin(row, request, num_cached)
+
+    @torch.inference_mode()
+    def allot(self, row: int, max_length: int) -> None:
+        """Pages of an empty row for a text of up to `max_length` tokens."""
         for cache in self.caches:
-            cache.admit(row, request.max_length + self.slack)
-        self.batch.join(row, self.ids(request.prompt_ids))
+            cache.admit(row, max_length + self.slack)
+
+    @torch.inference_mode()
+    def begin(self, row: int, request: Request, num_cached: int) -> None:
+        """The caches hold the first `num_cached` tokens of the prompt already."""
+        self.batch.join(row, self.ids(request.prompt_ids), num_cached)
         end_ids, num_prompt = request.ends.eos_token_ids, len(request.prompt_ids)
         self.sampler.join(row, request.sampling, request.seed, end_ids, num_prompt)
 
@@ -157,6 +166,11 @@ class Rows:
         """The row is idle, its pages are free."""
         for cache in self.caches:
             cache.release(row)
+        self.idle(row)
+
+    @torch.inference_mode()
+    def idle(self, row: int) -> None:
+        """The row keeps its pages, and what they hold."""
         self.batch.leave(row)
 
     def ids(self, tokens: Sequence[int]) -> Tensor:

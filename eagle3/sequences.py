@@ -102,6 +102,15 @@ class Decoded:
     stats: Stats = field(default_factory=Stats)
     num_prefilled: int = 0
     has_warned: bool = False
+    _num_before: int | None = None  # tokens known when the last pass began
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens, from the prompt's first on, that both caches hold with what followed them."""
+        known = len(self.request.prompt_ids)
+        if self._num_before is None:
+            return min(self.num_prefilled, known - 1)
+        return known + self._num_before - 1
 
     def keep(self, run: list[int]) -> Burst:
         """The part of an accepted run, its bonus token last, that is output."""
@@ -111,6 +120,7 @@ class Decoded:
                 f"no token can be chosen for position {position}: the target's logits there "
                 f"contain NaN or +inf, or all are -inf"
             )
+        self._num_before = len(self.tokens)
         kept, self.finish_reason = self.request.ends.cut(self.tokens, run)
         self.tokens += kept
         self.stats.num_tokens = len(self.tokens)
