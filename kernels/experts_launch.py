@@ -111,7 +111,8 @@ def product_config(
         block_k = 64 if few and most == 64 else 128
         stages = 5 if block_k == 64 else 3
     else:
-        block_n, block_k, warps, stages = 128, 128, 4 if few else 8, 5 if most <= 32 else 4
+        block_n, block_k = 128, 128
+        warps, stages = (4, 5) if most <= 32 else (8, 4)
     tiles = triton.cdiv(outputs, block_n)
     splits = _splits(pairs, experts, tiles, triton.cdiv(depth, block_k)) if few else 1
     return ProductConfig(

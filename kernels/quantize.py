@@ -49,14 +49,15 @@ def quantize_ref(x_TD: Tensor, grouped: bool = False, scale: Tensor | None = Non
     wide_TNG = widened(x_TD).reshape(rows, 1, width)
     if grouped:
         padding = -width % GROUP
-        wide_TNG = torch.nn.functional.pad(wide_TNG, (0, padding)).view(rows, -1, GROUP)
+        wide_TNG = torch.nn.functional.pad(wide_TNG, (0, padding))
+        wide_TNG = wide_TNG.view(rows, triton.cdiv(width, GROUP), GROUP)
     if scale is None:
         largest_TN = wide_TNG.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1)
         scales_TN = largest_TN.clamp(min=SMALLEST) * RECIPROCAL
     else:
         scales_TN = scale.to(wide_TNG.dtype).reshape(-1, 1).expand(rows, wide_TNG.shape[1])
     scaled = wide_TNG * scales_TN.reciprocal()[..., None]
-    codes = scaled.clamp(-LARGEST, LARGEST).to(FP8).view(rows, -1)
+    codes = scaled.clamp(-LARGEST, LARGEST).to(FP8).flatten(1)
     return Quantized(codes[:, :width].contiguous(), scales_TN.contiguous())
 
 

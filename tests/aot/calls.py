@@ -32,6 +32,7 @@ from aerie.kernels import rope as _rope
 from aerie.kernels import rotation as _rotation
 from aerie.kernels import router as _router
 from aerie.kernels import row_filter as _row_filter
+from aerie.kernels import scaled_linear as _scaled_linear
 from aerie.kernels import swiglu as _swiglu
 from aerie.kernels import target_probs as _target_probs
 from aerie.kernels import tree_attention as _tree_attention
@@ -254,6 +255,18 @@ def row_filter(rows: int, kind: str) -> None:
     logits, top_k = floats(kind, rows, V), integers(rows)
     _row_filter.row_filter(logits, per_row)
     _row_filter.row_filter(logits, per_row, top_k, per_row, per_row)
+
+
+@op("_scaled_linear_kernel", fp8=True)
+def scaled_linear(rows: int, kind: str) -> None:
+    if kind != "fp8":
+        return
+    codes, matrix = weight(kind, rows, D), weight(kind, D, D)
+    blocks = torch.empty(rows, D // 128), torch.empty(D // 128, D // 128)
+    per_row, per_block = (_quantize.Quantized(codes, s) for s in (torch.empty(rows, 1), blocks[0]))
+    if rows <= _scaled_linear.FEW_ROWS:
+        _scaled_linear.scaled_linear(per_row, matrix, torch.empty(D))
+    _scaled_linear.scaled_linear(per_block, matrix, blocks[1])
 
 
 @op()
