@@ -110,8 +110,13 @@ class Sampler:
         if drawn is not None:
             return self._accepted(logits_TV, kept, rows, drawn, depth)
         seeds_B = rows_of(self._columns.seeds_B, rows.first, len(requests))
-        seeds_T = seeds_B.repeat_interleave(rows.tokens_BN.shape[1])
-        return self._draw(logits_TV, kept, seeds_T, rows.positions_T + 1)
+        return self._drawn(logits_TV, rows.positions_T + 1, kept, seeds_B)
+
+    def _drawn(
+        self, logits_TV: Tensor, positions_T: Tensor, kept: RowFilter, seeds_B: Tensor
+    ) -> Tensor:
+        seeds_T = seeds_B.repeat_interleave(len(logits_TV) // len(seeds_B))
+        return self._draw(logits_TV, kept, seeds_T, positions_T)
 
     def _accepted(
         self, logits_TV: Tensor, kept: RowFilter, rows: ChoiceRows, drawn: Drawn, depth: int
