@@ -14,6 +14,15 @@ from typing import Any
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_INTEGER = 2**31 - 1
+LARGEST = {  # of what something is built or listed one by one, before any file has confirmed it
+    "num_hidden_layers": 1000,
+    "num_local_experts": 4096,
+    "vocab_size": 2**24,
+    "draft_vocab_size": 2**24,
+    "num_aux_hidden_states": 8,  # taps, under three names
+    "num_aux_layers": 8,
+    "aux_state_multiplier": 8,
+}
 
 logger = logging.getLogger("aerie.llama4")
 
@@ -67,8 +76,8 @@ def integer(values: Mapping[str, Any], key: str, default: int | None = None, lea
     value = _get(values, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise CheckpointError(f"config key {key!r}: must be an integer >= {least}, got {value!r}")
-    if value > MAX_INTEGER:
-        raise CheckpointError(f"config key {key!r}: must be at most {MAX_INTEGER}, got {value!r}")
+    if value > (most := LARGEST.get(key, MAX_INTEGER)):
+        raise CheckpointError(f"config key {key!r}: must be at most {most}, got {value!r}")
     return value
 
 

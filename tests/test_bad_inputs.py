@@ -15,7 +15,9 @@ from threading import Thread
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from aerie.cli import app
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Decoding, generate
 from aerie.eagle3.sampling import SamplingParams
@@ -275,6 +277,33 @@ def test_config_values_out_of_range(key, value):
         return
     with pytest.raises(CheckpointError, match=f"'{key}'"):
         Llama4Config.from_hf(values)
+
+
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "num_local_experts", "vocab_size", "hidden_size", "head_dim"]
+)
+def test_claims_of_a_target_cost_nothing(key, tmp_path):
+    """`inspect` and `plan` build a model without values from what the config says."""
+    values = {**VALUES, key: 2**31 - 1}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    start = time.perf_counter()
+    for command in (["inspect", str(tmp_path)], ["plan", "--model", str(tmp_path)]):
+        refused = CliRunner().invoke(app, command).exit_code == 2
+        assert refused or key == "hidden_size"  # which only makes shapes
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "draft_vocab_size", "num_aux_layers", "num_aux_hidden_states"]
+)
+def test_claims_of_a_draft_cost_nothing(key, tmp_path):
+    config = json.loads((DRAFT / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"fc_norm": True, key: 2**31 - 1}))
+    start = time.perf_counter()
+    result = CliRunner().invoke(app, ["plan", "--model", str(TARGET), "--draft", str(tmp_path)])
+    assert result.exit_code == 2
+    assert f"'{key}': must be at most" in result.stderr
+    assert time.perf_counter() - start < 20
 
 
 # E: drafts
