@@ -282,6 +282,28 @@ def test_command_line_decodes_images(folder, picture):
     assert json.loads(chat.stdout)["token_ids"] != found["red"]
 
 
+def test_command_line_decodes_a_list_with_images_and_without(folder, picture, tmp_path):
+    red, blue = picture(), picture(40, 20, colour="blue", name="b.png")
+    entries = [
+        {"prompt": "hello", "images": [str(red)]},
+        "hello",
+        {"prompt": "hello", "images": [str(blue)]},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    result = generate(folder, "--prompt-file", tmp_path / "list.json", "--check")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    alone = [generate(folder, "--prompt", "hello", *p) for p in (["--image", red], [])]
+    expected = [json.loads(one.stdout)["token_ids"] for one in alone]
+    assert [one["token_ids"] for one in printed[:2]] == expected
+    assert printed[2]["token_ids"] != printed[0]["token_ids"]
+    assert all(one["identical"] for one in printed)
+    (tmp_path / "list.json").write_text('["a", {"prompt": "a", "image": "a.png"}]')
+    refused = generate(folder, "--prompt-file", tmp_path / "list.json")
+    assert refused.exit_code == 2
+    assert 'an entry is a text or {"prompt": text' in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("prompt", "images", "expected"),
     [

@@ -7,7 +7,7 @@ import torch
 from aerie.eagle3.generate import Decodings, generate
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sequences import Request as Asked
-from aerie.run import Loaded, Outcome, Request, with_bad_words
+from aerie.run import Loaded, Outcome, Request, image_features, with_bad_words
 from aerie.text import TextStream
 
 
@@ -28,6 +28,7 @@ def run_batch(
             request.max_new_tokens,
             sampling=sampling.with_seed_after(number),
             detokenize=tokenizer.decode,
+            images=image_features(loaded, prompt),
         )
         for number, prompt in enumerate(loaded.prompts)
     ]
@@ -74,6 +75,7 @@ def _plain(request: Request, loaded: Loaded, asked: list[Asked]):
             kv_cache_dtype=request.kv_cache_dtype,
             sampling=one.sampling,
             detokenize=loaded.tokenizer.decode,
+            images=one.images,
         )
         for one in asked
     ]

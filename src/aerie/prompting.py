@@ -25,6 +25,14 @@ CHAT_TOKENS = ("<|header_start|>", "<|header_end|>", "<|eot|>")
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A prompt as a user gives it: a text, and the files of its images."""
+
+    text: str
+    images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class Prompt:
     """`pixel_values` are the tiles of all images, None where there are none."""
 

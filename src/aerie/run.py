@@ -32,7 +32,7 @@ from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize
 from aerie.plan import as_text, free_memory, make_planner
 from aerie.progress import loading
-from aerie.prompting import Prompt, prepare
+from aerie.prompting import Asked, Prompt, prepare
 from aerie.text import TextStream, load_tokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Request:
     images: tuple[Path, ...] = ()
     chat: bool = False
     lazy_vision: bool = False
-    prompts: tuple[str, ...] = ()  # of a batch; `prompt` is the first
+    prompts: tuple[Asked, ...] = ()  # of a batch; `prompt` is the first
     max_batch_size: int = MAX_BATCH_SIZE
     memory_fraction: float | None = None
 
@@ -110,13 +110,18 @@ def load(request: Request, console: Console) -> Loaded:
     Raises CheckpointError, and ValueError, before anything is read, where they would not fit.
     """
     images = [read_image(path) for path in request.images]
+    batch_images = [[read_image(path) for path in asked.images] for asked in request.prompts]
+    has_images = bool(images) or any(batch_images)
     folder = resolve_folder(request.model, request.revision)
     drafts = None
     if request.draft is not None:
         drafts = resolve_folder(request.draft, request.draft_revision)
     tokenizer = load_tokenizer(folder)
     prompt = prepare(request.prompt, tokenizer, folder, images, request.chat)
-    prompts = tuple(prepare(text, tokenizer, folder, (), request.chat) for text in request.prompts)
+    prompts = tuple(
+        prepare(asked.text, tokenizer, folder, pictures, request.chat)
+        for asked, pictures in zip(request.prompts, batch_images, strict=True)
+    )
     longest = max(len(one.ids) for one in (prompt, *prompts))
     _plan(request, folder, drafts, longest, console)
     with loading("target", console) as progress:
@@ -128,14 +133,14 @@ def load(request: Request, console: Console) -> Loaded:
             request.quantize,
             request.quantize_linears,
             progress,
-            lazy_vision=request.lazy_vision or not images,
+            lazy_vision=request.lazy_vision or not has_images,
         )
     if drafts is None:
         return Loaded(target, None, tokenizer, prompt, prompts)
     with loading("draft", console) as progress:
         reading = request.speculation.reading
         draft = load_draft(drafts, target, reading=reading, progress=progress)
-    if images:
+    if has_images:
         console.print(DRAFT_SEES[draft.config.draft_multimodal], markup=False, soft_wrap=True)
     return Loaded(target, draft, tokenizer, prompt, prompts)
 
@@ -153,7 +158,7 @@ def _plan(
         quantize_linears=request.quantize_linears,
         speculation=request.speculation,
         backend=resolve(request.backend, request.device),
-        with_vision=bool(request.images),
+        with_vision=bool(request.images) or any(asked.images for asked in request.prompts),
     )
     wanted = num_prompt_ids + request.max_new_tokens
     batch = max(1, min(request.max_batch_size, len(request.prompts)))
@@ -204,7 +209,8 @@ def load_target(
 
 def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
     """Decodes; `on_text` receives the text as its tokens are accepted."""
-    images, target = _image_features(loaded), loaded.target.get_language_model()
+    images = image_features(loaded, loaded.prompt)
+    target = loaded.target.get_language_model()
     sampling = with_bad_words(request, loaded.tokenizer)
     decoding = Decoding(
         target,
@@ -261,15 +267,15 @@ def _plain(
     )
 
 
-def _image_features(loaded: Loaded) -> ImageFeatures | None:
-    """One pass of the vision tower over the prompt's tiles; placeholders without one are refused.
+def image_features(loaded: Loaded, prompt: Prompt) -> ImageFeatures | None:
+    """One pass of the vision tower over a prompt's tiles; placeholders without one are refused.
 
     Raises ValueError with both numbers.
     """
     target = loaded.target
     if isinstance(target, Llama4ForCausalLM):
         return None
-    return target.image_features(loaded.prompt.ids, loaded.prompt.pixel_values)
+    return target.image_features(prompt.ids, prompt.pixel_values)
 
 
 def with_bad_words(request: Request, tokenizer: Tokenizer) -> SamplingParams:

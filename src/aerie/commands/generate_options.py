@@ -26,6 +26,7 @@ from aerie.commands.shared import (
 from aerie.eagle3.generate import MAX_BATCH_SIZE
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.prompting import Asked
 from aerie.run import Request, device_named, dtype_named
 
 
@@ -46,7 +47,10 @@ class GenerateOptions:
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None
     prompt_file: Annotated[
         Path | None,
-        typer.Option(help="One text, or a JSON list of texts to be decoded side by side."),
+        typer.Option(
+            help="One text, or a JSON list to be decoded side by side, of texts or "
+            '{"prompt": text, "images": [files]}.'
+        ),
     ] = None
     lines: Annotated[
         bool, typer.Option("--lines", help="Every line of the prompt file is a prompt.")
@@ -141,7 +145,7 @@ class GenerateOptions:
             revision=self.revision,
             draft=draft,
             draft_revision=draft_revision(self.draft_revision, speculation),
-            prompt=prompts[0],
+            prompt=prompts[0].text,
             max_new_tokens=self.max_new_tokens,
             sampling=sampling,
             bad_words=bad_words,
@@ -154,7 +158,7 @@ class GenerateOptions:
             quantize_linears=self.quantize_linears,
             check=self.check,
             count_experts=self.count_experts,
-            images=tuple(self.image or ()),
+            images=(*prompts[0].images, *(self.image or ())),
             chat=self.chat,
             lazy_vision=self.lazy_vision,
             prompts=prompts if self._is_batch(prompts) else (),
@@ -186,22 +190,23 @@ class GenerateOptions:
             raise ValueError("--speculative-config: no draft; give --draft or its key 'model'")
         return None if self.no_draft else draft
 
-    def _prompts(self) -> tuple[str, ...]:
+    def _prompts(self) -> tuple[Asked, ...]:
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("--prompt, --prompt-file: give exactly one of them")
         if self.lines and self.prompt_file is None:
             raise ValueError("--lines: needs --prompt-file")
         text = self.prompt if self.prompt_file is None else _read(self.prompt_file)
-        texts = (text,) if self.prompt_file is None else _texts(text or "", self.lines)
-        if not texts or not all(texts):
+        is_file = self.prompt_file is not None
+        prompts = _entries(text or "", self.lines) if is_file else (Asked(text or ""),)
+        if not prompts or not all(asked.text for asked in prompts):
             raise ValueError("the prompt is empty; give at least one character")
         try:
-            "".join(texts).encode()
+            "".join(asked.text for asked in prompts).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"--prompt: is not valid Unicode text ({error})") from error
-        return texts
+        return prompts
 
-    def _is_batch(self, prompts: tuple[str, ...]) -> bool:
+    def _is_batch(self, prompts: tuple[Asked, ...]) -> bool:
         """Whether the output is a list, be it of one. Raises ValueError for what is of one text."""
         is_batch = self.lines or len(prompts) > 1
         for name, value in (("image", self.image), ("plot", self.plot),
@@ -211,19 +216,34 @@ class GenerateOptions:
         return is_batch
 
 
-def _texts(text: str, lines: bool) -> tuple[str, ...]:
+def _entries(text: str, lines: bool) -> tuple[Asked, ...]:
     """The prompts of a file: its lines, the entries of a JSON list, or all of it."""
     if lines:
-        return tuple(line for line in text.splitlines() if line)
+        return tuple(Asked(line) for line in text.splitlines() if line)
     if not text.startswith("["):
-        return (text,)
+        return (Asked(text),)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return (text,)  # a text that begins like a list
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        return (text,)
-    return tuple(values)
+        return (Asked(text),)  # a text that begins like a list
+    if not isinstance(values, list) or not all(_is_entry(value) for value in values):
+        return (Asked(text),)
+    return tuple(Asked(v) if isinstance(v, str) else _with_images(v) for v in values)
+
+
+def _is_entry(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and "prompt" in value)
+
+
+def _with_images(entry: dict[str, object]) -> Asked:
+    prompt, images = entry.get("prompt"), entry.get("images", [])
+    is_list = isinstance(images, list) and all(isinstance(image, str) for image in images)
+    if not isinstance(prompt, str) or not is_list or entry.keys() - {"prompt", "images"}:
+        raise ValueError(
+            f'--prompt-file: an entry is a text or {{"prompt": text, "images": [files]}}, '
+            f"got {json.dumps(entry):.200}"
+        )
+    return Asked(prompt, tuple(Path(image) for image in images))
 
 
 def _read(file: Path) -> str:
