@@ -7,8 +7,8 @@ by start: taps one layer off cost the embedded pair few of its accepted tokens, 
 could tell, but more than five standard errors of this measure. Two mistakes at once are not found.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.acceptance import MAX_POSITIONS, Measured, Transcript, measure, transcribe
-from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.misreadings import Candidate, candidates, near, other_maps
 from aerie.eagle3.reading import AS_WRITTEN, Reading
 from aerie.eagle3.registry import load_draft
 from aerie.eagle3.stats import DEAD_BELOW
@@ -31,14 +31,6 @@ BLOCK = 8  # neighbouring starts share text, so errors are those of block means
 LEAST_TOKENS = MAX_POSITIONS + BLOCK  # per prompt
 
 Verdict = Literal["alive", "misread", "dead", "unreadable"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A known mistake and the reading that corrects it."""
-
-    mistake: str
-    reading: Reading
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ def probe(
             f"needed, got {len(prompts)} and {num_tokens}"
         )
     depth = target.config.num_hidden_layers
-    layers = _near(_taps_of_some_reading(path, target, reading), depth)
+    layers = near(_taps_of_some_reading(path, target, reading), depth)
     texts = [transcribe(target, ids, num_tokens, layers) for ids in prompts]
     return compare(path, target, texts, reading)
 
@@ -109,12 +101,12 @@ def compare(
     draft, refusal = _load(path, target, reading)
     as_written = Candidate("as written", reading)
     if draft is None:
-        trials = [_trial(c, path, target, texts, None) for c in _other_maps(reading)]
+        trials = [_trial(c, path, target, texts, None) for c in other_maps(reading)]
         return diagnose(Trial(as_written, None, refusal=refusal), trials)
     written = measure(draft, draft.tap_layers(target), texts, MAX_POSITIONS)
-    candidates = list(_candidates(draft, target))
+    known = list(candidates(draft, target))
     del draft
-    trials = [_trial(candidate, path, target, texts, written) for candidate in candidates]
+    trials = [_trial(candidate, path, target, texts, written) for candidate in known]
     return diagnose(Trial(as_written, written), trials)
 
 
@@ -130,63 +122,11 @@ def diagnose(written: Trial, trials: Sequence[Trial]) -> Diagnosis:
     return Diagnosis(verdict, written, tuple(trials), tuple(better))
 
 
-def _candidates(draft: Eagle3Llama4ForCausalLM, target: Llama4ForCausalLM) -> Iterator[Candidate]:
-    """One known mistake at a time."""
-    config, base = draft.config, draft.config.reading
-    for shift, late in ((-1, "late"), (1, "early")):
-        taps = draft.tap_layers(target)
-        shifted = _shifted(config, taps, shift, target.config.num_hidden_layers)
-        if shifted is not None:
-            yield Candidate(f"taps read one layer {late}", shifted)
-    layout = config.attention.rotary_layout
-    if layout is not None:
-        other = "half" if layout == "interleaved" else "interleaved"
-        yield Candidate(f"RoPE pairs read as {layout}", replace(base, rotary_layout=other))
-    before, output = config.norm_before_residual, config.norm_output
-    shown = f"norm_before_residual read as {str(before).lower()}"
-    yield Candidate(shown, replace(base, norm_before_residual=not before))
-    shown = f"norm_output read as {str(output).lower()}"
-    yield Candidate(shown, replace(base, norm_output=not output))
-    order = base.input_order or "embedding_first"
-    other = "embedding_first" if order == "hidden_first" else "hidden_first"
-    yield Candidate(f"attention input read as {order}", replace(base, input_order=other))
-    if config.draft_vocab_size < config.vocab_size and draft.d2t.any():
-        yield Candidate("d2t read as a map", replace(base, vocabulary_map="identity"))
-
-
-def _other_maps(base: Reading) -> Iterator[Candidate]:
-    """What else a map that is refused may be."""
-    yield Candidate("d2t holds target ids", replace(base, vocabulary_map="target_ids"))
-    yield Candidate("d2t is wrong, t2d is not", replace(base, vocabulary_map="membership"))
-    yield Candidate("d2t is no map", replace(base, vocabulary_map="identity"))
-
-
-def _shifted(
-    config: Eagle3Config, layers: tuple[int, ...], shift: int, depth: int
-) -> Reading | None:
-    """Taps one layer on or back; by the convention alone where the other one means just that."""
-    moved = tuple(layer + shift for layer in layers)
-    if min(moved) < 0 or max(moved) > depth:
-        return None
-    match config.tap_convention, shift:
-        case "output_of", -1:
-            return replace(config.reading, tap_convention="input_to")
-        case "input_to", 1:
-            return replace(config.reading, tap_convention="output_of")
-    return replace(config.reading, tap_ids=moved, tap_convention="input_to")
-
-
-def _near(taps: tuple[int, ...], depth: int) -> set[int]:
-    """Everything that a shifted reading may ask for."""
-    near = {layer + shift for layer in taps for shift in (-1, 0, 1)}
-    return {layer for layer in near if 0 <= layer <= depth}
-
-
 def _taps_of_some_reading(
     path: str | Path, target: Llama4ForCausalLM, reading: Reading
 ) -> tuple[int, ...]:
     refusals = []
-    for candidate in (Candidate("as written", reading), *_other_maps(reading)):
+    for candidate in (Candidate("as written", reading), *other_maps(reading)):
         draft, refusal = _load(path, target, candidate.reading)
         if draft is not None:
             return draft.tap_layers(target)

@@ -153,6 +153,17 @@ def test_a_narrow_draft_without_an_embedding_is_refused(draft_files, load_draft,
         load_draft(files, make_target())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "llama4"])
+def test_raw_tensors_are_loaded_bit_for_bit(kind, dtype, draft_files, load_draft):
+    files = draft_files(kind)
+    floats = {name for name, tensor in files.tensors.items() if tensor.is_floating_point()}
+    files.tensors |= {name: files.tensors[name].to(dtype) for name in floats}
+    found = load_draft(files).state_dict()
+    assert found.keys() == files.tensors.keys()
+    assert all(torch.equal(found[n], t.to(found[n].dtype)) for n, t in files.tensors.items())
+
+
 @pytest.mark.parametrize("stored", ["raw", "ModelOpt"])
 def test_full_vocabulary_without_a_head_takes_the_targets(
     stored, draft_files, load_draft, make_target, check_logits
