@@ -15,6 +15,7 @@ from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import Drafter, PromptRows
 from aerie.eagle3.ends import Detokenize, FinishReason
 from aerie.eagle3.engine import Engine, Report
+from aerie.eagle3.graphs import GraphedRounds
 from aerie.eagle3.interface import Target
 from aerie.eagle3.parallel_draft import RemoteDraft
 from aerie.eagle3.policies import Chain, Policy
@@ -105,8 +106,10 @@ class Decodings(Stream):
         max_batch_size: int = MAX_BATCH_SIZE,
         kv_cache_dtype: KVCacheDtype = "auto",
         kv_cache_bytes: int | None = None,
+        cuda_graph_bytes: int = 0,
     ) -> None:
-        """`kv_cache_bytes` bounds the memory of keys and values; requests wait for it.
+        """`kv_cache_bytes` bounds the memory of keys and values; requests wait for it. With
+        `cuda_graph_bytes` rounds are captured as graphs of so much memory of their own.
 
         Raises ValueError for no requests, a size < 1, and a request that does not fit alone.
         """
@@ -122,7 +125,10 @@ class Decodings(Stream):
         lengths = [request.max_length for request in requests]
         self.rows = Rows(pair, lengths, capacity, kv_cache_dtype, kv_cache_bytes)
         self.passes = Speculation(pair, self.rows)
-        engine = Engine(self.passes, self.rows, pair.lag)
+        passes = self.passes
+        if cuda_graph_bytes > 0:
+            passes = GraphedRounds(self.passes, cuda_graph_bytes)
+        engine = Engine(passes, self.rows, pair.lag)
         super().__init__(engine, [engine.add(request) for request in requests])
 
 
@@ -194,6 +200,7 @@ def generate(
     images: Sequence[ImageFeatures | None] | None = None,
     max_batch_size: int = MAX_BATCH_SIZE,
     kv_cache_bytes: int | None = None,
+    cuda_graph_bytes: int = 0,
 ) -> list[Generation]: ...
 
 
@@ -212,6 +219,7 @@ def generate(
     images=None,
     max_batch_size=MAX_BATCH_SIZE,
     kv_cache_bytes=None,
+    cuda_graph_bytes=0,
 ):
     """Decodes a prompt, or a list of prompts side by side; with a `draft`, the same tokens in
     fewer target passes.
@@ -219,7 +227,8 @@ def generate(
     Of a list, `max_batch_size` run at a time, each with its own entry of `sampling` and `images`
     if these are lists; the results come in order and are those of each prompt alone.
     `kv_cache_dtype` "fp8" keeps keys and values as e4m3 codes: half of bfloat16's memory and reads.
-    `kv_cache_bytes` bounds them; prompts wait until there is room. Raises ValueError for an empty
+    `kv_cache_bytes` bounds them; prompts wait until there is room. `cuda_graph_bytes` is for rounds
+    captured as CUDA graphs before the first token. Raises ValueError for an empty
     or too long prompt, ids outside the vocabulary, counts < 1, another cache dtype, or a prompt
     that the memory does not hold, and FloatingPointError where the target's logits are no
     distribution.
@@ -234,7 +243,8 @@ def generate(
         for prompt, params, rows in zip(prompts, samplings, features, strict=True)
     ]
     pair = Pair(target, draft, Chain(num_speculative_tokens) if policy is None else policy)
-    decodings = Decodings(pair, requests, max_batch_size, kv_cache_dtype, kv_cache_bytes)
+    memory = kv_cache_bytes, cuda_graph_bytes
+    decodings = Decodings(pair, requests, max_batch_size, kv_cache_dtype, *memory)
     for _ in decodings:
         pass
     results = [Generation.of(decoded) for decoded in decodings.decoded]

@@ -5,7 +5,8 @@ tree, the batch or the pass (draw-and-match, contract 7.1): so the text is the s
 without a draft, whatever the draft proposes and whoever runs beside.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -86,6 +87,18 @@ class Sampler:
     def move(self, source: int, target: int) -> None:
         self._requests[target] = self._requests[source]
         self._columns.move(source, target)
+
+    def is_greedy(self, sequences: int) -> bool:
+        """Whether none of the first `sequences` is sampled."""
+        return all(request.params.is_greedy for request in self._requests[:sequences])
+
+    @contextmanager
+    def all_rows_as(self, params: SamplingParams) -> Iterator[None]:
+        """The operations that `params` take, for all rows; the numbers stay the columns'."""
+        requests = self._requests
+        self._requests = [_Request(params, [], 0)] * len(requests)
+        yield
+        self._requests = requests
 
     def needs_ids(self, sequences: int) -> bool:
         """Whether any of the first `sequences` is judged by its prefix."""
