@@ -24,17 +24,18 @@ from aerie.eagle3.checkpoint import (
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.formats import LAYER_KEY, flatten
-from aerie.eagle3.memory_plan import MemoryPlan
+from aerie.eagle3.memory_plan import CONTEXT, MemoryPlan
 from aerie.eagle3.reading import Decision
 from aerie.kernels.head_rows import ids_from_offsets
 from aerie.llama4.checkpoint import LoadOptions, load_weights
 from aerie.llama4.config import Llama4Config, is_multimodal
 from aerie.llama4.json_fields import CheckpointError, read_json, strings
+from aerie.llama4.memory_plan import kv_bytes
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.safetensors_header import StoredTensor
 from aerie.llama4.stored_tensors import stored_tensors
 from aerie.llama4.tensor_groups import NAMES, group_of
-from aerie.plan import make_planner
+from aerie.plan import make_planner, size
 
 T = TypeVar("T")
 USUAL_DEPTH = 48  # Scout's and Maverick's, where no target is given
@@ -97,13 +98,20 @@ def inspect(folder: Path, target: Path | None, context: int | None, batch: int) 
         found.facts["auto_map"] = "present and ignored: nothing in a checkpoint is ever imported"
     if _is_draft(values):
         found.kind = "draft"
-        _inspect_draft(found, values, target, bool(stored))
+        config = _inspect_draft(found, values, target, bool(stored))
+        if config is not None and target is None:
+            found.facts["KV cache"] = _kv_of_draft(config, context or CONTEXT, batch)
     else:
         _inspect_target(found, values, bool(stored))
     pair = (target, folder) if found.kind == "draft" else (folder, None)
     if pair[0] is not None and not found.problems:
         found.memory = _memory(pair[0], pair[1], context, batch)
     return found
+
+
+def _kv_of_draft(config: Eagle3Config, context: int, batch: int) -> str:
+    kv = kv_bytes([config.attention], context, batch, torch.bfloat16)
+    return f"{size(kv.total)} for {context} tokens x {batch} of the draft alone, in bfloat16"
 
 
 def _memory(target: Path, draft: Path | None, context: int | None, batch: int) -> MemoryPlan:
@@ -159,7 +167,7 @@ def _inspect_vision(found: Inspection, has_tensors: bool) -> None:
 
 def _inspect_draft(
     found: Inspection, values: Mapping[str, Any], folder: Path | None, has_tensors: bool
-) -> None:
+) -> Eagle3Config | None:
     target = folder and found.attempt(lambda: Llama4Config.from_pretrained(folder))
     depth = target.num_hidden_layers if target else USUAL_DEPTH
     if folder is None:
@@ -169,10 +177,11 @@ def _inspect_draft(
         found.facts["architecture"] = named.name
     config = found.attempt(lambda: Eagle3Config.from_hf(values, depth))
     if config is None:
-        return
+        return None
     found.decisions = (*config.decisions, *_readings(config))
     if has_tensors:
         _inspect_draft_tensors(found, config, target)
+    return config
 
 
 def _inspect_draft_tensors(
