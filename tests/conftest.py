@@ -60,6 +60,14 @@ def ranks(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """As `ranks`, always two."""
+    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="session")
 def assert_close():
     """`assert_close(actual, expected, t)`: |actual - expected| <= t * max|expected|.
 

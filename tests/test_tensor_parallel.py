@@ -10,25 +10,33 @@ float32 sums in another order differ in their last bits, so a near tie of the wh
 other way: where ids differ, the first difference must be one (`MARGIN`), and few may.
 """
 
+import gc
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import TopKLogitsWarper
 
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Generation, generate
 from aerie.eagle3.parallel_draft import RemoteDraft, load_parallel_draft
+from aerie.eagle3.policies import Chain
+from aerie.eagle3.sampling import SamplingParams
+from aerie.embedded import DRAFT, TARGET
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.model import Llama4ForCausalLM
+from aerie.text import load_tokenizer
 from tests.test_lossless import random_prompt, randomise
 from tests.test_policies import random_policy
 from tests.test_sampled_lossless import random_params
 
 VOCAB = 33
-CASES = {2: 8, 4: 2}  # by ranks; a collective waits for every rank's turn on a busy machine
+CASES = {2: 10, 4: 3}  # by ranks; a collective waits for every rank's turn on a busy machine
 
 
 def target_values(choose: random.Random) -> dict[str, Any]:
@@ -151,3 +159,142 @@ def check(per_rank: list[list[tuple]]) -> None:
         (seed, first, alone), *others = outcomes
         assert all(other[1] == first for other in others), f"seed {seed}: the ranks differ"
         assert first[0] == alone, f"seed {seed}"
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that are alive in this process, storages counted once."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+    return sum(
+        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
+    )
+
+
+def embedded_bytes(group, draft_size: int) -> tuple[int, int]:
+    """What loading the embedded target, and then its draft, adds to a rank's memory."""
+    before = tensor_bytes()
+    target = Llama4ForCausalLM.from_pretrained(TARGET, backend="eager", group=group)
+    between = tensor_bytes()
+    draft = load_parallel_draft(DRAFT, target, tensor_parallel_size=draft_size)
+    after = tensor_bytes()
+    assert draft.is_bound_to(target)
+    return between - before, after - between
+
+
+def test_who_holds_what(two_ranks):
+    """The verifier is cut; a draft of size 1 lies on rank 0 alone, of size 2 on both."""
+    whole = Llama4ForCausalLM.from_pretrained(TARGET, backend="eager")
+    target_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+    draft = Eagle3Llama4ForCausalLM.from_pretrained(DRAFT, whole)
+    draft_bytes = sum(parameter.nbytes for parameter in draft.parameters())
+    embedding = whole.model.embed_tokens.weight.nbytes
+    (first, alone), (second, nothing) = two_ranks(embedded_bytes, 1)
+    assert max(first, second) < 0.53 * target_bytes  # norms and routers are on both
+    assert draft_bytes <= alone - embedding < 1.01 * draft_bytes + 10_000
+    assert nothing == 0
+    (_, one), (_, other) = two_ranks(embedded_bytes, 2)
+    assert one == other < 0.75 * draft_bytes  # fc is whole on both
+
+
+def embedded_texts(group, prompts: list[list[int]], draft_size: int) -> list[tuple]:
+    target = Llama4ForCausalLM.from_pretrained(TARGET, backend="eager", group=group)
+    draft = load_parallel_draft(DRAFT, target, tensor_parallel_size=draft_size)
+    batch = generate(target, prompts, 20, draft, sampling=SamplingParams(0.8, seed=5))
+    return [written(result) for result in batch]
+
+
+def test_embedded_pair_in_a_ragged_batch(two_ranks):
+    """Sampled, prompts of several lengths side by side; the draft is as good as in one process."""
+    tokenizer, whole = load_tokenizer(TARGET), Llama4ForCausalLM.from_pretrained(TARGET)
+    texts = ["The with statement", "A class", "If the", "Lists may be constructed in several ways"]
+    prompts = [tokenizer.encode(text).ids for text in texts]
+    draft = Eagle3Llama4ForCausalLM.from_pretrained(DRAFT, whole)
+    params = SamplingParams(0.8, seed=5)
+    expected = [written(r) for r in generate(whole, prompts, 20, draft, sampling=params)]
+    for draft_size in (1, 2):
+        for results in two_ranks(embedded_texts, prompts, draft_size):
+            assert results == expected
+
+
+def loading_error(group, folder: str) -> str:
+    try:
+        Llama4ForCausalLM.from_pretrained(folder, backend="eager", group=group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_one_rank_cannot_load_none_does(two_ranks, tmp_path):
+    write_pair(tmp_path, 1)
+    file = tmp_path / "target" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.o_proj.weight"][3, -1] = torch.nan
+    save_file(tensors, file)
+    first, second = two_ranks(loading_error, str(tmp_path / "target"))
+    assert "o_proj.weight: not finite" in second
+    assert first == f"rank 1: {second}"
+
+
+def refused(group, folder: str) -> list[str]:
+    """Sentences for what a cut target does not do; the same on all ranks, and nobody waits."""
+    target = Llama4ForCausalLM.from_pretrained(f"{folder}/target", backend="eager", group=group)
+    draft = load_parallel_draft(f"{folder}/draft", target)
+    said = []
+    for options in (
+        {"sampling": SamplingParams(logits_processors=[TopKLogitsWarper(3)])},
+        {"policy": Chain(2, verification="rejection")},
+    ):
+        with pytest.raises(ValueError, match="cut over ranks") as caught:
+            generate(target, [1, 2], 4, draft, **options)
+        said.append(str(caught.value))
+    with pytest.raises(ValueError, match="draft_tensor_parallel_size: must be 1 or 2") as caught:
+        load_parallel_draft(f"{folder}/draft", target, tensor_parallel_size=3)
+    return [*said, str(caught.value)]
+
+
+def test_refusals(two_ranks, tmp_path):
+    write_pair(tmp_path, 1)
+    first, second = two_ranks(refused, str(tmp_path))
+    assert first == second
+
+
+def drawn_seed(group, folder: str) -> tuple:
+    target = Llama4ForCausalLM.from_pretrained(folder, backend="eager", group=group)
+    torch.manual_seed(dist.get_rank(group))
+    return written(generate(target, [1, 2, 3], 8, sampling=SamplingParams(1.0), eos_token_ids=()))
+
+
+def test_a_seed_is_drawn_once(two_ranks, tmp_path):
+    write_pair(tmp_path, 1)
+    first, second = two_ranks(drawn_seed, str(tmp_path / "target"))
+    assert first == second
+    assert first[3] is not None
+
+
+def taps(group, folder: str) -> list[bytes]:
+    target = Llama4ForCausalLM.from_pretrained(folder, backend="eager", group=group)
+    target.set_aux_hidden_state_layers((0, 2, 4))
+    ids = torch.tensor([5, 32, 1, 7])
+    output = target(ids, target.allocate_cache(8).causal_step(4))
+    return [tap_TD.numpy().tobytes() for tap_TD in output.aux_hidden_states]
+
+
+def test_taps_are_the_same_bits_on_all_ranks(ranks, tmp_path):
+    write_pair(tmp_path, 1)
+    first, *others = ranks(taps, str(tmp_path / "target"))
+    assert all(other == first for other in others)
+
+
+def interpreted(group, folder: str) -> list[int]:
+    target = Llama4ForCausalLM.from_pretrained(folder, backend="triton", group=group)
+    params = SamplingParams(1.0, top_p=0.9, seed=1)
+    return generate(target, [5, 32], 2, eos_token_ids=(), sampling=params).tokens
+
+
+def test_triton_backend(two_ranks, tmp_path):
+    """The kernels in the interpreter."""
+    write_pair(tmp_path, 1)
+    whole = Llama4ForCausalLM.from_pretrained(tmp_path / "target", backend="eager")
+    params = SamplingParams(1.0, top_p=0.9, seed=1)
+    expected = generate(whole, [5, 32], 2, eos_token_ids=(), sampling=params).tokens
+    assert two_ranks(interpreted, str(tmp_path / "target")) == [expected] * 2

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
+from torch.distributed import ProcessGroup
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.ends import FinishReason
 from aerie.eagle3.generate import MAX_BATCH_SIZE, Decoding, Generation, generate
-from aerie.eagle3.registry import load_draft
+from aerie.eagle3.parallel_draft import RemoteDraft, load_parallel_draft
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.sequences import Burst
 from aerie.eagle3.speculation import SpeculativeConfig
@@ -72,6 +73,8 @@ class Request:
     prompts: tuple[Asked, ...] = ()  # of a batch; `prompt` is the first
     max_batch_size: int = MAX_BATCH_SIZE
     memory_fraction: float | None = None
+    tensor_parallel_size: int = 1
+    expert_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Loaded:
     it."""
 
     target: "Llama4ForCausalLM | Llama4ForConditionalGeneration"
-    draft: Eagle3Llama4ForCausalLM | None
+    draft: Eagle3Llama4ForCausalLM | RemoteDraft | None
     tokenizer: Tokenizer
     prompt: Prompt
     prompts: tuple[Prompt, ...] = ()
@@ -104,8 +107,10 @@ class Outcome:
         return None if self.plain_tokens is None else self.plain_tokens == self.tokens
 
 
-def load(request: Request, console: Console) -> Loaded:
+def load(request: Request, console: Console, group: ProcessGroup | None = None) -> Loaded:
     """Reads target, draft and tokenizer, and says on `console` what memory they will take.
+
+    With a `group` this process is one of its ranks, and holds its part of the target.
 
     Raises CheckpointError, and ValueError, before anything is read, where they would not fit.
     """
@@ -134,13 +139,20 @@ def load(request: Request, console: Console) -> Loaded:
             request.quantize_linears,
             progress,
             lazy_vision=request.lazy_vision or not has_images,
+            group=group,
+            expert_parallel=request.expert_parallel,
         )
     if drafts is None:
         return Loaded(target, None, tokenizer, prompt, prompts)
     with loading("draft", console) as progress:
-        reading = request.speculation.reading
-        draft = load_draft(drafts, target, reading=reading, progress=progress)
-    if has_images:
+        draft = load_parallel_draft(
+            drafts,
+            target,
+            reading=request.speculation.reading,
+            tensor_parallel_size=request.speculation.draft_tensor_parallel_size,
+            progress=progress,
+        )
+    if has_images and isinstance(draft, Eagle3Llama4ForCausalLM):
         console.print(DRAFT_SEES[draft.config.draft_multimodal], markup=False, soft_wrap=True)
     return Loaded(target, draft, tokenizer, prompt, prompts)
 
@@ -178,11 +190,13 @@ def load_target(
     quantize_linears: bool = False,
     progress: Progress | None = None,
     lazy_vision: bool = False,
+    group: ProcessGroup | None = None,
+    expert_parallel: bool = False,
 ) -> "Llama4ForCausalLM | Llama4ForConditionalGeneration":
-    """Reads a target onto its device. Raises CheckpointError."""
+    """Reads a target onto its device; of one that is cut, the text part. Raises CheckpointError."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton launches
-    if is_multimodal(read_json(folder / "config.json")):
+    if group is None and is_multimodal(read_json(folder / "config.json")):
         # imports transformers' own Llama 4: seconds that text-only checkpoints do not pay
         from aerie.llama4.conditional_generation import Llama4ForConditionalGeneration
 
@@ -204,6 +218,8 @@ def load_target(
         quantize=quantize,
         quantize_linears=quantize_linears,
         progress=progress,
+        group=group,
+        expert_parallel=expert_parallel,
     )
 
 

@@ -2,31 +2,48 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import typer
+from torch.distributed import ProcessGroup
 
-from aerie import plotting, report
+from aerie import plotting, ranks, report
 from aerie.batch_run import run_batch
 from aerie.commands.generate_options import GenerateOptions
 from aerie.commands.shared import exit_code_2_on_bad_input, stderr, stdout
-from aerie.run import Outcome, load, run
+from aerie.run import Outcome, Request, load, run
 
 
 def generate(options: GenerateOptions) -> None:
     """Decode a prompt speculatively, and show what the draft was worth."""
+    if ranks.rank() > 0:  # what all of them know is said once; errors, by whoever has one
+        for console in (stdout, stderr):
+            console.quiet = True
     with exit_code_2_on_bad_input():
         if options.plot is not None:
             plotting.check(options.plot)
         request = options.request()
-        loaded = load(request, stderr)
-        if loaded.draft is None and not options.no_draft:
-            stderr.print("No draft given (--draft): plain decoding.")
-        if request.prompts:
-            _show_batch(run_batch(request, loaded, _tell_progress), options.as_json)
-            return
-        outcome = run(request, loaded, on_text=None if options.as_json else _print_now)
-        if options.plot is not None:
-            plotting.draw(outcome.stats, options.plot)
+        with ranks.started(request.tensor_parallel_size, request.device) as group:
+            _generate(
+                options, replace(request, sampling=ranks.agreed(request.sampling, group)), group
+            )
+
+
+def _generate(options: GenerateOptions, request: Request, group: ProcessGroup | None) -> None:
+    is_first, loaded = ranks.rank() == 0, load(request, stderr, group)
+    if loaded.draft is None and not options.no_draft:
+        stderr.print("No draft given (--draft): plain decoding.")
+    if request.prompts:
+        outcomes = run_batch(request, loaded, _tell_progress)
+        if is_first:
+            _show_batch(outcomes, options.as_json)
+        return
+    is_streaming = is_first and not options.as_json
+    outcome = run(request, loaded, on_text=_print_now if is_streaming else None)
+    if not is_first:
+        return
+    if options.plot is not None:
+        plotting.draw(outcome.stats, options.plot)
     if options.as_json:
         print(json.dumps(report.as_dict(outcome)))
     else:

@@ -27,6 +27,7 @@ from aerie.eagle3.generate import MAX_BATCH_SIZE
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.prompting import Asked
+from aerie.ranks import rank_device
 from aerie.run import Request, device_named, dtype_named
 
 
@@ -123,6 +124,12 @@ class GenerateOptions:
     plot: Annotated[
         Path | None, typer.Option(help="Draw acceptance and time per round; needs aerie\\[plot].")
     ] = None
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Cuts the target over the processes that torchrun started.")
+    ] = 1
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Deal experts out whole, not their widths.")
+    ] = False
     as_json: JsonOption = False
 
     def request(self) -> Request:
@@ -139,7 +146,9 @@ class GenerateOptions:
         speculation = SpeculativeConfig.from_json(
             "{}" if self.speculative_config is None else self.speculative_config
         )
-        draft, device = self._draft(speculation), device_named(self.device)
+        draft, device = self._draft(speculation), rank_device(device_named(self.device))
+        if self.tensor_parallel_size > 1 and self.image:
+            raise ValueError("--image: a target that is cut over ranks reads no images")
         return Request(
             model=embedded.TARGET if self.model is None else self.model,
             revision=self.revision,
@@ -164,6 +173,8 @@ class GenerateOptions:
             prompts=prompts if self._is_batch(prompts) else (),
             max_batch_size=self.max_batch_size,
             memory_fraction=self.memory_fraction,
+            tensor_parallel_size=self.tensor_parallel_size,
+            expert_parallel=self.expert_parallel,
         )
 
     def _sampling(self) -> SamplingParams:

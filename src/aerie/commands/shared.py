@@ -75,5 +75,6 @@ def exit_code_2_on_bad_input() -> Iterator[None]:
     except BrokenPipeError:  # the reader of stdout went away; click ends quietly
         raise
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        stderr.quiet = False
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
