@@ -45,7 +45,7 @@ DTYPES = {
     "fp8": torch.bfloat16,
 }
 # classes of T: a token, trees, short prompts whose depth is split, a prompt
-SIZES = (1, 5, 8, 16, 24, 32, 64, 96, 256, 4096)
+SIZES = (1, 5, 8, 16, 24, 32, 64, 96, 256, 1024, 4096)
 BETWEEN = (6, 12, 20, 48, 100, 200, 1000)  # must launch nothing that the classes do not
 H, G, K, D, F, E, V, U = 40, 8, 128, 5120, 8192, 16, 202048, 32000
 EPS = 1e-5
