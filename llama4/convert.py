@@ -81,15 +81,22 @@ class Converted:
 
 
 def convert(
-    source: str | Path, destination: Path, quantize: Quantize, linears: bool = False
+    source: str | Path,
+    destination: Path,
+    quantize: Quantize,
+    linears: bool = False,
+    revision: str | None = None,
 ) -> Converted:
-    """Writes `destination`, which must not exist. Raises CheckpointError, and leaves nothing."""
+    """Writes `destination`, which must not exist, from a folder or a hub id (at a `revision`).
+
+    Raises CheckpointError, and leaves nothing.
+    """
     destination = Path(destination)
     if destination.exists() or destination.is_symlink():
         raise CheckpointError(f"{destination}: exists already; name a new folder")
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent}: no such folder to write into")
-    folder = resolve_folder(source)
+    folder = resolve_folder(source, revision)
     tasks = list(_tasks(folder, quantize, linears))
     unfinished = destination.with_name(f".{destination.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()

@@ -94,6 +94,7 @@ def as_rows(plan: MemoryPlan) -> dict[str, str]:
         rows["KV cache, draft"] = size(plan.draft_kv.total)
     rows["page tables"] = size(plan.kv.tables)
     rows["activations"] = f"{size(plan.activations)}, scratch of kernels not counted"
+    rows["CUDA graphs"] = "none are captured"
     rows["total"] = size(plan.total)
     return rows
 

@@ -99,6 +99,14 @@ def test_the_command_line_pins_both(cache):
     assert json.loads(inspected.stdout)["problems"] == []
 
 
+def test_converting_takes_a_pin(cache, tmp_path):
+    cache.add("owner/target", OLD, TARGET, "v1")
+    made = ("convert", "owner/target", str(tmp_path / "made"), "--experts", "fp8")
+    assert CliRunner().invoke(app, [*made, "--revision", "v2"]).exit_code == 2
+    assert CliRunner().invoke(app, [*made, "--revision", "v1"]).exit_code == 0
+    assert (tmp_path / "made" / "tokenizer.json").is_file()
+
+
 @pytest.mark.parametrize("revision", [None, "v2", "c" * 40])
 def test_what_is_not_cached_is_an_error_offline(revision, cache):
     cache.add("owner/target", OLD, TARGET, "v1")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aerie.commands.shared import exit_code_2_on_bad_input, stdout
+from aerie.commands.shared import RevisionOption, exit_code_2_on_bad_input, stdout
 from aerie.llama4.convert import convert as convert_checkpoint
 
 
@@ -26,6 +26,7 @@ class ConvertOptions:
     block: Annotated[
         bool, typer.Option("--block", help="Scales per 128 x 128 block, not per channel.")
     ] = False
+    revision: RevisionOption = None
 
 
 def convert(options: ConvertOptions) -> None:
@@ -34,7 +35,11 @@ def convert(options: ConvertOptions) -> None:
     quantize = "fp8_block" if options.block else "fp8"
     with exit_code_2_on_bad_input():
         made = convert_checkpoint(
-            options.source, options.destination, quantize, options.linears is not None
+            options.source,
+            options.destination,
+            quantize,
+            options.linears is not None,
+            options.revision,
         )
     stdout.print(
         f"{made.folder}: {made.quantised} projections in FP8, {made.copied} tensors as they were, "
