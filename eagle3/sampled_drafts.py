@@ -38,9 +38,10 @@ class Draws:
     """Draws the drafts of a batch by the temperatures and seeds of its requests."""
 
     def __init__(self, draft: Eagle3Llama4ForCausalLM, sampler: Sampler) -> None:
-        if draft.communicator is not None:
+        if draft.communicator is not None or sampler.is_cut:
             raise ValueError(
-                "verification: 'rejection' needs the whole draft on a rank; it is cut over ranks"
+                "verification: 'rejection' needs whole vocabularies, and target or draft are cut "
+                "over ranks; take 'match'"
             )
         self._draft, self._sampler = draft, sampler
         self._ids_U = ids_from_offsets(draft.d2t)

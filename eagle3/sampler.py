@@ -100,6 +100,11 @@ class Sampler:
         yield
         self._requests = requests
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the target's vocabulary is cut over ranks."""
+        return self._sharded is not None
+
     def needs_ids(self, sequences: int) -> bool:
         """Whether any of the first `sequences` is judged by its prefix."""
         return any(request.rules for request in self._requests[:sequences])

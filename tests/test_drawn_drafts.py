@@ -142,6 +142,13 @@ def test_no_distribution_is_an_error():
         generate(target, [1, 2], 4, draft, policy=POLICIES[0], sampling=SamplingParams(1.0))
 
 
+def test_rejects_what_is_cut_over_ranks(pair, monkeypatch):
+    target, draft = pair
+    monkeypatch.setattr(Sampler, "is_cut", True)
+    with pytest.raises(ValueError, match="verification: 'rejection' needs whole vocabularies"):
+        generate(target, [1, 2], 4, draft, policy=POLICIES[0], sampling=SamplingParams(1.0))
+
+
 BAD = [
     ({"verification": "typical"}, "verification: must be match or rejection, got 'typical'"),
     ({"eagle_topk": 4, "num_steps": 2}, "verification: must be match for a dynamic tree"),

@@ -16,6 +16,7 @@ from aerie.eagle3.batch import Committed
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Decoding, Generation, generate
+from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.tree import DraftTree, chain
 from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.config import Llama4Config
@@ -172,6 +173,32 @@ def test_wrong_draft_accepts_nothing(k):
     assert result.tokens == plain.tokens
     assert result.stats.acceptance_length == 1
     assert result.stats.num_target_passes == plain.stats.num_target_passes == 20
+
+
+@dataclass
+class RightDownTo(ScriptedDrafter):
+    """The truth down to level `depth` of every chain, wrong tokens below."""
+
+    depth: int = 0
+
+    def continued(self) -> DraftTree:
+        tokens_BN = super().continued().tokens_BN
+        tokens_BN[:, self.depth :] = (tokens_BN[:, self.depth :] + 1) % VOCAB
+        return chain(tokens_BN)
+
+
+@pytest.mark.parametrize("depth", range(6))
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_draft_that_is_right_down_to_a_depth(depth, temperature):
+    target, prompt = random_target(depth), random_prompt(depth)
+    params, count = SamplingParams(temperature, seed=1), 1 + 4 * (depth + 1)
+    plain = generate(target, prompt, count + 5, eos_token_ids=(), sampling=params)
+    drafter = RightDownTo(plain.tokens, 1.0, 5, depth=depth)
+    decoding = Decoding(target, prompt, count, None, 5, (), drafter, sampling=params)
+    list(decoding)
+    assert decoding.tokens == plain.tokens[:count]
+    assert decoding.stats.acceptance_histogram == [4 * (n == depth) for n in range(6)]
+    assert decoding.stats.acceptance_length == depth + 1
 
 
 @pytest.mark.parametrize("where", range(1, 12))

@@ -79,6 +79,26 @@ def test_random_policies(block):
         assert drafted.stats.num_target_passes <= plain.stats.num_target_passes
 
 
+def by_prefix(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor of which every token of a prefix changes every score."""
+    rows = [random.Random(str(prefix)) for prefix in ids.tolist()]
+    return scores + torch.tensor([[row.gauss(0, 0.5) for _ in range(VOCAB)] for row in rows])
+
+
+@pytest.mark.parametrize("policy", [Chain(4), StaticTree(BINARY), DynamicTree(20, 4, 4)], ids=str)
+def test_processors_get_the_prefix_of_every_node(policy):
+    target = random_target(3, num_hidden_layers=4)
+    draft, accepted = random_draft(3, target), 0
+    for seed in range(4):
+        params = SamplingParams(0.5, seed=seed, logits_processors=[by_prefix])
+        options = {"eos_token_ids": (), "sampling": params}
+        plain = generate(target, random_prompt(seed), 16, **options)
+        drafted = generate(target, random_prompt(seed), 16, draft, policy=policy, **options)
+        assert drafted.tokens == plain.tokens
+        accepted += drafted.stats.num_accepted_tokens
+    assert accepted > 0
+
+
 class ScriptedTrees(ScriptedDrafter):
     """The truth on the deepest branch of a tree of `paths`, wrong tokens on all others."""
 
