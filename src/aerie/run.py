@@ -129,6 +129,8 @@ def load(request: Request, console: Console, group: ProcessGroup | None = None) 
     )
     longest = max(len(one.ids) for one in (prompt, *prompts))
     _plan(request, folder, drafts, longest, console)
+    if group is not None and has_images:
+        raise ValueError("images: a target that is cut over ranks reads none; use one process")
     with loading("target", console) as progress:
         target = load_target(
             folder,

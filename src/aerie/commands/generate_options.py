@@ -147,8 +147,6 @@ class GenerateOptions:
             "{}" if self.speculative_config is None else self.speculative_config
         )
         draft, device = self._draft(speculation), rank_device(device_named(self.device))
-        if self.tensor_parallel_size > 1 and self.image:
-            raise ValueError("--image: a target that is cut over ranks reads no images")
         return Request(
             model=embedded.TARGET if self.model is None else self.model,
             revision=self.revision,
