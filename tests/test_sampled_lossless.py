@@ -49,7 +49,10 @@ RULES = {
 
 def random_params(choose: random.Random) -> SamplingParams:
     """Any mixture of rules."""
-    maybe = lambda value, off: value if choose.random() < 0.3 else off  # noqa: E731
+
+    def maybe(value, off):
+        return value if choose.random() < 0.3 else off
+
     return SamplingParams(
         temperature=choose.choice([0.0, 0.5, 1.0, 1.7]),
         top_k=maybe(choose.randint(2, 20), 0),
@@ -145,7 +148,11 @@ def test_penalties_follow_their_formulas():
     """One token: repetition counts prompt and output, the others the output alone."""
     target, prompt = random_target(2, num_hidden_layers=4), [4, 4, 9]
     seen = []
-    spy = lambda ids, scores: seen.append(scores.clone()) or scores  # noqa: E731
+
+    def spy(ids, scores):
+        seen.append(scores.clone())
+        return scores
+
     base = SamplingParams(logits_processors=[spy])
     first = generate(target, prompt, 2, eos_token_ids=(), sampling=base).tokens[0]
     logits = seen[1][0]
@@ -169,7 +176,11 @@ def test_processor_sees_the_prefix_of_every_row(right):
     target, prompt = random_target(3, num_hidden_layers=4), random_prompt(3)
     plain = generate(target, prompt, 12, eos_token_ids=(), sampling=SamplingParams(seed=1)).tokens
     seen = []
-    spy = lambda ids, scores: seen.append(ids.tolist()) or scores  # noqa: E731
+
+    def spy(ids, scores):
+        seen.append(ids.tolist())
+        return scores
+
     params = SamplingParams(seed=1, logits_processors=[spy])
     result = scripted(target, prompt, plain, right, 3, params, max_new_tokens=12)
     truth = prompt + plain
@@ -179,11 +190,15 @@ def test_processor_sees_the_prefix_of_every_row(right):
     assert result.tokens == plain
 
 
+def text(ids) -> str:
+    """A letter to a token."""
+    return "".join(chr(97 + i) for i in ids)
+
+
 @pytest.mark.parametrize("where", range(1, 9))
 @pytest.mark.parametrize("kind", ["eos_token_ids", "stop_token_ids", "stop", "max_tokens"])
 def test_ends_inside_an_accepted_run(kind, where):
     target, prompt = random_target(3, num_hidden_layers=4), random_prompt(3)
-    text = lambda ids: "".join(chr(97 + i) for i in ids)  # noqa: E731
     params = SamplingParams(temperature=1.5, seed=2)
     plain = generate(target, prompt, 14, eos_token_ids=(), sampling=params).tokens
     options, reason = {"eos_token_ids": (), "max_new_tokens": 14, "detokenize": text}, "stop"
@@ -281,7 +296,10 @@ def test_triton_backend_draws_the_same():
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_illegal_logits_raise(poison):
     target = random_target(1, num_hidden_layers=4)
-    spoil = lambda ids, scores: torch.full_like(scores, poison)  # noqa: E731
+
+    def spoil(ids, scores):
+        return torch.full_like(scores, poison)
+
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature, seed=0, logits_processors=[spoil])
         with pytest.raises(FloatingPointError, match="no token can be chosen for position 2"):
