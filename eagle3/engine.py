@@ -143,6 +143,8 @@ class Engine:
                 report = self._passes.prefill(row, request, start, end)
             rows -= end - start
             decoded.num_prefilled = end
+            if decoded.on_prefill is not None:
+                decoded.on_prefill(end)
             if report is None:
                 decoded.stats.num_target_passes += 1
                 continue

@@ -1,6 +1,6 @@
 """One request on its way: what was asked, how far it is, and why it ended."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
@@ -101,6 +101,7 @@ class Decoded:
     finish_reason: FinishReason | None = None
     stats: Stats = field(default_factory=Stats)
     num_prefilled: int = 0
+    on_prefill: Callable[[int], None] | None = None  # told how much of the prompt has been read
     has_warned: bool = False
     _num_before: int | None = None  # tokens known when the last pass began
 

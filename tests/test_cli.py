@@ -1,5 +1,6 @@
 """The command line on the embedded pair: outputs, exit codes, and bad input."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from aerie.cli import app
+from aerie.eagle3.generate import Decoding
 from aerie.embedded import DRAFT, TARGET
+from aerie.llama4.model import Llama4ForCausalLM
+from aerie.progress import reading_prompt
 from aerie.text import TextStream
 
 STATS = {
@@ -205,6 +210,28 @@ def test_plot_that_cannot_be_drawn_is_refused_before_decoding(tmp_path, monkeypa
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.split())
         assert result.stdout == ""
+
+
+def test_a_long_prompt_shows_how_far_it_is_read(monkeypatch):
+    """In passes of 64 tokens; on a terminal only, and gone before the text comes."""
+    monkeypatch.setattr("aerie.eagle3.engine.PREFILL_ROWS", 64)
+    monkeypatch.setattr("aerie.progress.PREFILL_ROWS", 64)
+    written = {}
+    for is_terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=is_terminal, width=80)
+        with reading_prompt(200, console) as told:
+            assert (told is None) != is_terminal
+            if told is not None:
+                told(128)
+        written[is_terminal] = file.getvalue()
+    assert "128/200" in written[True]
+    assert written[False] == ""
+    seen = []
+    decoding = Decoding(Llama4ForCausalLM.from_pretrained(TARGET), [5] * 150, 2)
+    decoding.decoded.on_prefill = seen.append
+    list(decoding)
+    assert seen == [64, 128, 150]
 
 
 BAD = {

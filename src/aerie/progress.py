@@ -1,11 +1,19 @@
-"""A bar on stderr while weights are read; nothing where stderr is no terminal."""
+"""Bars on stderr while weights or a long prompt are read; nothing where it is no terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
+from aerie.eagle3.engine import PREFILL_ROWS
 from aerie.llama4 import checkpoint
 
 
@@ -19,3 +27,15 @@ def loading(what: str, console: Console) -> Iterator[checkpoint.Progress | None]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def reading_prompt(num_tokens: int, console: Console) -> Iterator[Callable[[int], None] | None]:
+    """Gives what is told how many tokens have been read; None where one pass reads them all."""
+    if not console.is_terminal or num_tokens <= PREFILL_ROWS:
+        yield None
+        return
+    columns = TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("prompt", total=num_tokens)
+        yield lambda done: bar.update(task, completed=done)

@@ -32,7 +32,7 @@ from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize
 from aerie.plan import as_text, free_memory, make_planner
-from aerie.progress import loading
+from aerie.progress import loading, reading_prompt
 from aerie.prompting import Asked, Prompt, prepare
 from aerie.text import TextStream, load_tokenizer
 
@@ -225,8 +225,11 @@ def load_target(
     )
 
 
-def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None) -> Outcome:
-    """Decodes; `on_text` receives the text as its tokens are accepted."""
+def run(
+    request: Request, loaded: Loaded, on_text: Callable[[str], None] | None, console: Console
+) -> Outcome:
+    """Decodes; `on_text` receives the text as its tokens are accepted. `console` shows how far a
+    long prompt has been read."""
     images = image_features(loaded, loaded.prompt)
     target = loaded.target.get_language_model()
     sampling = with_bad_words(request, loaded.tokenizer)
@@ -242,7 +245,9 @@ def run(request: Request, loaded: Loaded, on_text: Callable[[str], None] | None)
         images=images,
     )
     stream, bursts = TextStream(loaded.tokenizer, sampling.stop_strings), iter(decoding)
-    _show(stream, itertools.islice(bursts, 1), on_text)  # the prompt's passes are not counted
+    with reading_prompt(len(loaded.prompt.ids), console) as decoding.decoded.on_prefill:
+        first = list(itertools.islice(bursts, 1))  # the prompt's passes are not counted
+    _show(stream, first, on_text)
     counting = counted_experts(target) if request.count_experts else nullcontext()
     with counting as counts:
         _show(stream, bursts, on_text)

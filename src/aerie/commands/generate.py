@@ -39,7 +39,7 @@ def _generate(options: GenerateOptions, request: Request, group: ProcessGroup | 
             _show_batch(outcomes, options.as_json)
         return
     is_streaming = is_first and not options.as_json
-    outcome = run(request, loaded, on_text=_print_now if is_streaming else None)
+    outcome = run(request, loaded, _print_now if is_streaming else None, stderr)
     if not is_first:
         return
     if options.plot is not None:
