@@ -15,11 +15,14 @@ from aerie.eagle3.checkpoint import OwnParts
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.engine import PREFILL_ROWS
+from aerie.eagle3.sharded_draft import check_draft_shard
 from aerie.kernels.backend import ResolvedBackend
+from aerie.llama4.communicator import LoneRank, shard_of
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.memory_plan import KVBytes, activation_bytes, kv_bytes, weight_bytes
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantization
+from aerie.llama4.sharding import WHOLE, Shard, local_attention
 
 GIB = 2**30
 CONTEXT = 8192
@@ -60,13 +63,26 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class Run:
-    """How a pair is going to run. `num_drafted` rows at most stand uncommitted (`Policy`)."""
+    """How a pair is going to run. `num_drafted` rows at most stand uncommitted (`Policy`).
+
+    Of a target that is cut, this is the rank with the draft; `draft_size` is 1 or the target's.
+    """
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
     quantization: Quantization | None = None
     num_drafted: int = 0
     backend: ResolvedBackend = "triton"
+    shard: Shard = WHOLE
+    draft_size: int = 1
+
+    @property
+    def communicator(self) -> LoneRank | None:
+        return None if self.shard.size == 1 else LoneRank(self.shard)
+
+    @property
+    def draft_communicator(self) -> LoneRank | None:
+        return None if self.draft_size == 1 else self.communicator
 
 
 @dataclass(frozen=True)
@@ -148,26 +164,36 @@ class MemoryPlanner:
         """The target without values; `cuda` only says where it is meant to run."""
         device = "cuda" if self.run.backend == "triton" else "cpu"
         return Llama4ForCausalLM.without_values(
-            self.target, self.run.backend, device, self.run.quantization
+            self.target, self.run.backend, device, self.run.quantization, self.run.communicator
         )
 
     def _draft_weights(self, plan: DraftPlan) -> dict[str, int]:
         config, parts = plan.config, plan.parts
         check_fits(config, parts, self.target)
+        communicator = self.run.draft_communicator
+        check_draft_shard(config, parts, shard_of(communicator))
         with torch.device("meta"):
-            draft = Eagle3Llama4ForCausalLM(config, "eager", "cpu", parts)
+            draft = Eagle3Llama4ForCausalLM(config, "eager", "cpu", parts, communicator)
         tap_layers(config, self.empty_target())  # refuses what does not fit
         sizes = weight_bytes(draft, self.run.dtype)
         if not parts.head and config.draft_vocab_size < config.vocab_size:  # cut from the target's
             rows = config.draft_vocab_size * config.hidden_size
             sizes["head"] = rows * self.run.dtype.itemsize
+        if self.run.shard.size > 1 and communicator is None:  # the target's own lie in parts
+            whole = self.target.vocab_size * self.target.hidden_size * self.run.dtype.itemsize
+            sizes |= {} if parts.embedding else {"embedding": whole}
+            sizes |= {} if parts.head or "head" in sizes else {"head": whole}
         return sizes
 
     def _caches(self, context: int, batch: int) -> tuple[KVBytes, KVBytes]:
         """As `Decoding` allocates them: with room for the rows of the last step."""
         slots = context + self.run.num_drafted + 1
-        specs = [self.target.attention(i) for i in range(self.target.num_hidden_layers)]
-        own = [] if self.draft is None else [self.draft.config.attention]
+        run, layers = self.run, range(self.target.num_hidden_layers)
+        specs = [local_attention(self.target.attention(i), run.shard) for i in layers]
+        draft_shard = shard_of(run.draft_communicator)
+        own = []
+        if self.draft is not None:
+            own = [local_attention(self.draft.config.attention, draft_shard)]
         kv_dtype = self.run.kv_dtype
         return kv_bytes(specs, slots, batch, kv_dtype), kv_bytes(own, slots, batch, kv_dtype)
 

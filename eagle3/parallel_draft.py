@@ -57,11 +57,7 @@ def load_parallel_draft(
     target = target.get_language_model()
     communicator = target.communicator
     size = 1 if communicator is None else communicator.shard.size
-    if tensor_parallel_size not in (1, size) or tensor_parallel_size is True:
-        raise ValueError(
-            f"draft_tensor_parallel_size: must be 1{f' or {size}' if size > 1 else ''} (the "
-            f"target's size), got {tensor_parallel_size!r}"
-        )
+    check_draft_size(tensor_parallel_size, size)
     if communicator is None:
         return load_draft(path, target, backend, reading, revision=revision, progress=progress)
 
@@ -83,6 +79,16 @@ def load_parallel_draft(
         return RemoteDraft(target)
     draft.bind(target, shared)
     return draft
+
+
+def check_draft_size(draft_size: int, size: int) -> int:
+    """The draft's size beside a target of `size` ranks. Raises ValueError unless 1 or that."""
+    if draft_size not in (1, size) or draft_size is True:
+        raise ValueError(
+            f"draft_tensor_parallel_size: must be 1{f' or {size}' if size > 1 else ''} (the "
+            f"target's size), got {draft_size!r}"
+        )
+    return draft_size
 
 
 def _collected(

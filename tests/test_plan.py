@@ -14,7 +14,10 @@ from aerie.cli import app
 from aerie.eagle3.registry import load_draft
 from aerie.embedded import DRAFT, TARGET
 from aerie.llama4.model import Llama4ForCausalLM
+from aerie.llama4.sharding import Shard
+from aerie.plan import make_planner
 from tests.eagle3.test_memory_plan import MAVERICK, SCOUT, bytes_of
+from tests.llama4.test_sharding import load_rank
 
 GENERATE = ("generate", "--prompt", "A class", "--max-new-tokens", "3", "--json")
 
@@ -132,3 +135,25 @@ def test_a_vision_tower_counts_in_its_own_dtype(has_tensors, tmp_path):
     dtype = "bfloat16" if has_tensors else "float32"  # the files' own is float32
     found = json.loads(aerie("plan", "--model", folder, "--dtype", dtype, "--json").stdout)
     assert found["target_weights"]["vision"] == bytes_of(tower)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_two(rank):
+    """Its weights are those that a rank loads; the draft and the whole embedding lie on rank 0."""
+    shard = Shard(rank, 2)
+    planner = make_planner(TARGET, DRAFT, dtype=torch.float32, backend="eager", shard=shard)
+    loaded = load_rank(TARGET, shard)
+    held = sum(x.nbytes for x in (*loaded.parameters(), *loaded.buffers()))
+    assert sum(planner.target_weights.values()) == held
+    embedding = 1024 * 128 * 4
+    assert planner.draft_weights.get("embedding", 0) == (embedding if rank == 0 else 0)
+    assert bool(planner.draft_weights) == (rank == 0)
+
+
+def test_traffic_is_shown():
+    options = ["plan", "--tensor-parallel-size", "2", "--json"]
+    told = json.loads(CliRunner().invoke(app, options).stdout)["communication"]
+    assert told["attention"] == {"calls": 12, "bytes": 12 * 5 * 128 * 2}
+    refused = CliRunner().invoke(app, ["plan", "--tensor-parallel-size", "3"])
+    assert refused.exit_code == 2
+    assert "one of 1, 2, 5, 10; got 3" in refused.stderr

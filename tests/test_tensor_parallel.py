@@ -22,6 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import TopKLogitsWarper
 
+from aerie.eagle3.communication_plan import round_traffic
+from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Generation, generate
 from aerie.eagle3.parallel_draft import RemoteDraft, load_parallel_draft
@@ -298,3 +300,40 @@ def test_triton_backend(two_ranks, tmp_path):
     params = SamplingParams(1.0, top_p=0.9, seed=1)
     expected = generate(whole, [5, 32], 2, eos_token_ids=(), sampling=params).tokens
     assert two_ranks(interpreted, str(tmp_path / "target")) == [expected] * 2
+
+
+def traffic(group, draft_size: int) -> tuple[int, int, int]:
+    """Calls and bytes of the collectives of a greedy chain of 3, and the rounds it took."""
+    target = Llama4ForCausalLM.from_pretrained(TARGET, backend="eager", group=group)
+    draft = load_parallel_draft(DRAFT, target, tensor_parallel_size=draft_size)
+    sizes: list[int] = []
+
+    def counted(collective, at: int):
+        def call(*arguments, **options):
+            sizes.append(arguments[at].nbytes)
+            return collective(*arguments, **options)
+
+        return call
+
+    originals = dist.all_reduce, dist.broadcast, dist.all_gather
+    dist.all_reduce, dist.broadcast = counted(dist.all_reduce, 0), counted(dist.broadcast, 0)
+    dist.all_gather = counted(dist.all_gather, 1)
+    try:
+        result = generate(target, [7], 16, draft, 3, eos_token_ids=())
+    finally:
+        dist.all_reduce, dist.broadcast, dist.all_gather = originals
+    return len(sizes), sum(sizes), result.stats.num_target_passes - 1
+
+
+@pytest.mark.parametrize("draft_size", [1, 2])
+def test_a_round_tells_what_the_plan_says(two_ranks, draft_size):
+    config = Llama4Config.from_pretrained(TARGET)
+    draft = Eagle3Config.from_pretrained(DRAFT, config.num_hidden_layers)
+    shape = {"itemsize": 4, "batch": 1, "draft_size": draft_size}
+    plan = round_traffic(config, draft, num_drafted=3, depth=3, **shape).values()
+    prompt = round_traffic(config, None, num_drafted=0, depth=0, **shape).values()
+    for calls, nbytes, rounds in two_ranks(traffic, draft_size):
+        assert calls == sum(t.calls for t in prompt) + rounds * sum(t.calls for t in plan)
+        planned = sum(t.nbytes for t in prompt) + rounds * sum(t.nbytes for t in plan)
+        most_rows_of_a_draft = 0 if draft_size == 1 else 3 * 3 * 128 * 4  # of the first round
+        assert planned - most_rows_of_a_draft <= nbytes <= planned

@@ -9,6 +9,7 @@ import torch
 from aerie.eagle3.checkpoint import OwnParts, own_parts, tensor_names
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.memory_plan import DraftPlan, MemoryPlan, MemoryPlanner, Run
+from aerie.eagle3.parallel_draft import check_draft_size
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.kernels.backend import ResolvedBackend
 from aerie.llama4.config import Llama4Config, is_multimodal
@@ -16,6 +17,7 @@ from aerie.llama4.json_fields import read_json
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.memory_plan import weight_bytes
 from aerie.llama4.quantization import Quantize, quantized_on_load, read_quantization
+from aerie.llama4.sharding import WHOLE, Shard, check_shard
 from aerie.llama4.stored_tensors import INDEX, SINGLE
 
 
@@ -30,8 +32,11 @@ def make_planner(
     speculation: SpeculativeConfig | None = None,
     backend: ResolvedBackend = "triton",
     with_vision: bool = True,
+    shard: Shard = WHOLE,
 ) -> MemoryPlanner:
     """From the folders' configs; of tensors only headers are read, if the folders have some.
+
+    With a `shard` the plan is that rank's, whose draft is here on rank 0 or where it is cut too.
 
     A multimodal target counts `with_vision` or, for prompts without images, without. Raises
     CheckpointError for what could not be loaded so either.
@@ -41,11 +46,14 @@ def make_planner(
     quantization = read_quantization(target)
     if quantize is not None:
         quantization = quantized_on_load(target, quantization, quantize, quantize_linears)
-    drafted = None if draft is None else _draft_plan(draft, config, speculation)
+    check_shard(config, shard)
+    draft_size = check_draft_size(speculation.draft_tensor_parallel_size, shard.size)
+    is_elsewhere = draft is None or (draft_size == 1 and shard.rank > 0)
+    drafted = None if is_elsewhere else _draft_plan(draft, config, speculation)
     num_drafted = 0 if draft is None else speculation.policy.num_rows
     kv_dtype = cache_dtype(kv_cache_dtype, dtype)
-    run = Run(dtype, kv_dtype, quantization, num_drafted, backend)
-    vision = _vision_bytes(target, dtype) if with_vision else 0
+    run = Run(dtype, kv_dtype, quantization, num_drafted, backend, shard, draft_size)
+    vision = _vision_bytes(target, dtype) if with_vision and shard.size == 1 else 0
     return MemoryPlanner(config, drafted, run, vision)
 
 

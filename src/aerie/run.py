@@ -31,9 +31,11 @@ from aerie.llama4.json_fields import read_json
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize
+from aerie.llama4.sharding import Shard
 from aerie.plan import as_text, free_memory, make_planner
 from aerie.progress import loading, reading_prompt
 from aerie.prompting import Asked, Prompt, prepare
+from aerie.ranks import rank
 from aerie.text import TextStream, load_tokenizer
 
 if TYPE_CHECKING:
@@ -172,6 +174,7 @@ def _plan(
         quantize_linears=request.quantize_linears,
         speculation=request.speculation,
         backend=resolve(request.backend, request.device),
+        shard=Shard(rank(), request.tensor_parallel_size, request.expert_parallel),
         with_vision=bool(request.images) or any(asked.images for asked in request.prompts),
     )
     wanted = num_prompt_ids + request.max_new_tokens

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from aerie import embedded
+from aerie import embedded, traffic
 from aerie.commands.generate_options import KVCacheDtypeName, QuantizeName
 from aerie.commands.shared import (
     DraftOption,
@@ -25,6 +25,7 @@ from aerie.commands.shared import (
 from aerie.eagle3.memory_plan import CONTEXT, GIB
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.llama4.hub import resolve_folder
+from aerie.llama4.sharding import Shard
 from aerie.plan import as_dict, as_rows, free_memory, make_planner, size
 from aerie.report import key_value_table
 from aerie.run import dtype_named
@@ -55,6 +56,12 @@ class PlanOptions:
     quantize_linears: Annotated[
         bool, typer.Option("--quantize-linears", help="The other projections too.")
     ] = False
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Plan one rank (with the draft) of so many, and their traffic.")
+    ] = 1
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="Experts dealt out whole.")
+    ] = False
     revision: RevisionOption = None
     draft_revision: DraftRevisionOption = None
     as_json: JsonOption = False
@@ -75,13 +82,17 @@ def plan(options: PlanOptions) -> None:
             quantize=None if options.quantize is None else options.quantize.value,
             quantize_linears=options.quantize_linears,
             speculation=speculation,
+            shard=Shard(0, options.tensor_parallel_size, options.expert_parallel),
         )
         context = planner.usual_context if options.context is None else options.context
         found = planner.plan(context, options.batch)
+        told = traffic.traffic_of(planner, speculation, options.batch)
         if options.as_json:
-            print(json.dumps(as_dict(found) | {"memory": memory}))
+            told = {"communication": traffic.as_dict(told)} if told else {}
+            print(json.dumps(as_dict(found) | {"memory": memory} | told))
         else:
             rows = as_rows(found) | {"memory": f"{size(memory)}, {origin}" if memory else origin}
+            rows |= traffic.as_rows(told)
             stdout.print(key_value_table(rows))
         if memory is not None:
             planner.check(found, memory, origin)
