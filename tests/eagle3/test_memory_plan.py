@@ -179,14 +179,18 @@ def test_caches(context, kv_cache_dtype, batch):
     assert planned.kv.chunked == real
 
 
+@pytest.mark.parametrize("slots", [64, 65])
 @pytest.mark.parametrize("policy", [Chain(3), DynamicTree(8, 4, 3)], ids=["chain", "tree"])
-def test_caches_of_a_decoding(policy: Policy, draft_files, make_target, tmp_path):
+def test_caches_of_a_decoding(policy: Policy, slots, draft_files, make_target, tmp_path):
+    """On both sides of the edge of a page, which one row more or less would cross."""
     target, folder = make_target(), draft_files("llama").write(tmp_path / "draft")
-    decoding = Decoding(target, [1, 2, 3], 60, load_draft(folder, target), policy=policy)
+    context = slots - policy.num_rows - 1
+    draft = load_draft(folder, target)
+    decoding = Decoding(target, [1, 2, 3], context - 3, draft, policy=policy)
     config = Eagle3Config.from_pretrained(folder, 8)
     drafted = DraftPlan(config, OwnParts(embedding=False, head=True))
     run = replace(EAGER, num_drafted=policy.num_rows)
-    planned = planner(TARGET, run, drafted).plan(63)
+    planned = planner(TARGET, run, drafted).plan(context)
     of_target, of_draft = decoding.decodings.rows.caches
     assert planned.kv.total == cache_bytes(of_target)
     assert planned.draft_kv.total == cache_bytes(of_draft)

@@ -62,12 +62,18 @@ def headers(draw) -> bytes:
     return json.dumps(header).encode("utf-8", "surrogatepass")
 
 
-@given(header=headers(), padding=st.sampled_from([b"", b" ", b"\n  ", b"\x00"]))
+@given(
+    header=headers(),
+    padding=st.sampled_from([b"", b" ", b"\n  ", b"\x00"]),
+    size=st.sampled_from([DATA, DATA, DATA, DATA - 1, DATA + 1, 0]),
+)
 @settings(max_examples=300, deadline=None)
-def test_a_header_is_read_as_safetensors_reads_it_or_refused(header, padding, tmp_path_factory):
+def test_a_header_is_read_as_safetensors_reads_it_or_refused(
+    header, padding, size, tmp_path_factory
+):
     folder = tmp_path_factory.mktemp("header", numbered=True)
     header += padding
-    whole = len(header).to_bytes(8, "little") + header + bytes(range(DATA))
+    whole = len(header).to_bytes(8, "little") + header + bytes(range(size))
     (folder / FILE).write_bytes(whole)
     try:
         found, complaint = read_tensors(folder, lambda name: name), ""
