@@ -178,10 +178,11 @@ class Llama4ForConditionalGeneration(nn.Module):
         page_size: int = PAGE_SIZE,
         max_step_rows: int = MAX_STEP_ROWS,
         kv_cache_dtype: KVCacheDtype = "auto",
+        num_pages: int | None = None,
     ) -> PagedKVCache:
         """As `Llama4ForCausalLM.allocate_cache`."""
         return self.language_model.allocate_cache(
-            max_length, num_sequences, page_size, max_step_rows, kv_cache_dtype
+            max_length, num_sequences, page_size, max_step_rows, kv_cache_dtype, num_pages
         )
 
     def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:

@@ -132,7 +132,8 @@ def test_the_text_part_loads_alone(folder, ours):
 
 
 def test_supports_eagle3_through_the_language_model(ours):
-    assert isinstance(ours, SupportsEagle3)
+    target: SupportsEagle3 = ours  # read by the type checker, with all signatures
+    assert isinstance(target, SupportsEagle3)
     assert isinstance(ours.get_language_model(), Llama4ForCausalLM)
     assert ours.get_eagle3_aux_hidden_state_layers() == (2, 4, 5)
     ours.set_aux_hidden_state_layers((1, 2))

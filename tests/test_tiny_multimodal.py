@@ -1,6 +1,6 @@
 """The script that builds a multimodal pair runs, its files load, its comparison compares.
 
-With a few steps of training only: what full training gives is printed by the script (`--compare`).
+With a few steps of training only; `pytest -m slow` trains to the end and compares in earnest.
 """
 
 import json
@@ -40,6 +40,18 @@ def test_the_script_builds_a_pair(tmp_path, monkeypatch, capsys):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["identical"]
     assert "The draft sees image features" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_draft_that_sees_images_accepts_more(tmp_path, monkeypatch, capsys):
+    """Measured with seeds 0, 1, 2: 4.56 against 4.00, 4.38 against 3.98, 4.56 against 3.90."""
+    monkeypatch.setattr(sys, "argv", ["tiny_multimodal", str(tmp_path), "--compare"])
+    script.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    lengths = {(trained, shown): float(length) for trained, shown, length, *_ in lines}
+    seeing, blind = lengths["merged", "merged"], lengths["text", "text"]
+    assert seeing > blind + 0.2
+    assert lengths["merged", "text"] < seeing, "a draft told not to look loses what it learned"
 
 
 def test_the_task_asks_as_the_command_line_does(tmp_path):

@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -244,7 +244,7 @@ def _is_entry(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and "prompt" in value)
 
 
-def _with_images(entry: dict[str, object]) -> Asked:
+def _with_images(entry: dict[str, Any]) -> Asked:
     prompt, images = entry.get("prompt"), entry.get("images", [])
     is_list = isinstance(images, list) and all(isinstance(image, str) for image in images)
     if not isinstance(prompt, str) or not is_list or entry.keys() - {"prompt", "images"}:
