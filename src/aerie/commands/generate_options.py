@@ -246,13 +246,18 @@ def _is_entry(value: object) -> bool:
 
 def _with_images(entry: dict[str, Any]) -> Asked:
     prompt, images = entry.get("prompt"), entry.get("images", [])
-    is_list = isinstance(images, list) and all(isinstance(image, str) for image in images)
-    if not isinstance(prompt, str) or not is_list or entry.keys() - {"prompt", "images"}:
-        raise ValueError(
-            f'--prompt-file: an entry is a text or {{"prompt": text, "images": [files]}}, '
-            f"got {json.dumps(entry):.200}"
-        )
-    return Asked(prompt, tuple(Path(image) for image in images))
+    if (
+        isinstance(prompt, str)
+        and isinstance(images, list)
+        and entry.keys() <= {"prompt", "images"}
+    ):
+        files = [Path(image) for image in images if isinstance(image, str)]
+        if len(files) == len(images):
+            return Asked(prompt, tuple(files))
+    raise ValueError(
+        f'--prompt-file: an entry is a text or {{"prompt": text, "images": [files]}}, '
+        f"got {json.dumps(entry):.200}"
+    )
 
 
 def _read(file: Path) -> str:
