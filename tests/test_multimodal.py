@@ -245,7 +245,7 @@ def test_the_tower_keeps_its_own_dtype(folder, tmp_path):
         ({"boi_token_index": -1}, "'boi_token_index': must be an integer >= 0"),
         ({"vision": {"image_size": 18}}, "image_size: must be a multiple of patch_size"),
         ({"vision": {"hidden_size": None}}, "'hidden_size': missing"),
-        ({"vision": {"num_hidden_layers": 2**30}}, "num_hidden_layers: at most 1000"),
+        ({"vision": {"num_hidden_layers": 2**30}}, "'num_hidden_layers': must be at most 1000"),
         ({"vision": {"image_size": 2**30}}, "image_size: at most 16384"),
         ({"vision": {"hidden_size": 2**24, "intermediate_size": 2**26}}, "sizes: at most 1048576"),
         ({"vision": {"image_size": 2**14}}, r"positional_embedding_vlm: shape \(17, 32\), exp"),
