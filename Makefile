@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench assets wheel clean
+.PHONY: demo test check bench gpu assets wheel clean
 
 demo: .venv/runtime
 	$(BIN)/aerie generate --prompt "The with statement" --check
@@ -18,6 +18,10 @@ check: .venv/test
 bench: .venv/test
 	$(BIN)/pytest bench -q -rs --benchmark-json=bench/results/last.local.json
 	$(BIN)/python -m bench.report bench/results/last.local.json
+
+# with the Python that is there, into which nothing is installed: torch, triton, transformers, pytest
+gpu:
+	PYTHONPATH=src:. $(PYTHON) -m bench.gpu
 
 assets: .venv/test
 	$(BIN)/python -m aerie.assets.build --out src/aerie/assets

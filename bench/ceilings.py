@@ -5,6 +5,8 @@
 Copy bandwidth counts bytes read and bytes written of a large copy. The read ceiling is a plain
 reduction, which writes nothing: a kernel that only streams weights may pass the copy's floor.
 Products use random data; zeros draw less power and run faster than real data will.
+
+    python -m bench.ceilings
 """
 
 from collections.abc import Callable
@@ -120,3 +122,13 @@ def _median_us(call: Callable[[], object], device: torch.device) -> float:
     for _ in range(3):
         time()
     return median(time() for _ in range(REPEATS))
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in measure_ceilings(device).as_dict().items():
+        print(f"{name:14} {'-' if value is None else f'{value:.4g}'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ def _check_no_sync(call: Callable[[], None]) -> None:
         cuda.set_sync_debug_mode("default")
 
 
-def captured(call: Callable[[], None]) -> Callable[[], None]:
+def captured(call: Callable[[], object]) -> Callable[[], None]:
     """`call` as one graph; what it returns is its replay."""
     cuda.synchronize()
     graph = cuda.CUDAGraph()

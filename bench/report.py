@@ -3,6 +3,7 @@
 FILE.json            print its table (`--markdown`: the README's form)
 --png PICTURE.png    draw the roofline of the first file (needs matplotlib)
 --merge              put its rows into bench/results/<device>.json, by op, case and provider
+--scout SCOUT.json   what `bench.scout` saved goes there too
 --readme             rewrite the marked blocks of README.md from bench/results/
 """
 
@@ -15,12 +16,13 @@ from typing import Any
 
 from bench.environment import ROOT
 from bench.roofline import draw
-from bench.tables import generate_markdown, kernels_markdown, key, table
+from bench.tables import generate_markdown, kernels_markdown, key, scout_markdown, table
 
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BLOCKS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "kernels": kernels_markdown,
     "generate": generate_markdown,
+    "scout": scout_markdown,
 }
 
 
@@ -47,7 +49,10 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for row in new["rows"]:
         if not (row["status"].startswith("skipped") and key(row) in rows):
             rows[key(row)] = row
-    return {"ceilings": new["ceilings"], "rows": [rows[name] for name in sorted(rows)]}
+    scout = new.get("scout", old.get("scout"))
+    return {"ceilings": new["ceilings"], "rows": [rows[name] for name in sorted(rows)]} | (
+        {"scout": scout} if scout else {}
+    )
 
 
 def results_path(saved: dict[str, Any], folder: Path = RESULTS) -> Path:
@@ -68,12 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--png", type=Path)
+    parser.add_argument("--scout", type=Path)
     for flag in ("--markdown", "--merge", "--readme"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args(arguments)
     if options.png and not options.files:
         parser.error("--png: needs a FILE.json")
     files = [json.loads(path.read_text()) for path in options.files]
+    if options.scout and files and options.scout.exists():
+        files[0]["scout"] = json.loads(options.scout.read_text())
     for saved in files:
         both = [render([saved]) for render in BLOCKS.values()]
         print("\n".join(both) if options.markdown else table(saved))

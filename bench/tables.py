@@ -155,5 +155,21 @@ def _generate_cells(name: str, info: dict[str, Any], base: float) -> tuple[str, 
     )
 
 
+def scout_markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Steps of Scout's shape, and what rounds would give at an imposed acceptance length."""
+    parts = []
+    for saved in results:
+        if (scout := saved.get("scout")) is None:
+            continue
+        steps = [t for t in scout["times"] if t["what"] == "step" and t["ms"] is not None]
+        columns = ("batch", "context", "rows", "ms")
+        parts += [f"{scout['model']}; {where([scout])}:\n"]
+        parts += [markdown(columns, [tuple(shown(t[name]) for name in columns) for t in steps])]
+        if rates := scout["simulated"]:
+            parts += ["\nSimulated: no draft was trained, the acceptance length is imposed:\n"]
+            parts += [markdown(tuple(rates[0]), [tuple(map(shown, r.values())) for r in rates])]
+    return "\n".join(parts) if parts else "A model of Scout's size has not been run yet."
+
+
 def _provider(name: str) -> str:
     return name.split("[")[-1].removesuffix("]")

@@ -36,6 +36,7 @@ from aerie.kernels.tree_attention_checks import (
     MIN_HEAD_DIM,
     check_call,
     check_scales,
+    check_values,
 )
 from aerie.kernels.tree_attention_kernel import (
     _tree_attention_kernel,
@@ -173,6 +174,9 @@ def _tree_attention_op(
     config = _launch_config(target_of(q), max_rows, ratio, head_dim, q.element_size())
     groups, m_tiles = kv_heads * sequences, config.m_tiles
     splits = num_splits or split_count(m_tiles, groups, capacity, chunk_size, max_rows)
+    if not q.is_cuda:
+        rows = TreeRows(positions, row_starts, prefix_lengths, page_table, ancestors, max_rows)
+        check_values(rows, num_rows, len(k_cache), page_size, chunk_size)
     if num_rows == 0 or sequences == 0:
         return q.new_zeros(q.shape)
     if splits > 1:
@@ -261,8 +265,11 @@ def tree_attention(
 
     The caches already hold the keys and values of the new rows; FP8 caches (float8_e4m3fn) come
     with `k_scale` and `v_scale`, float32 [G] or [1]. `num_splits` pins the number of shares of the
-    keys, which is otherwise chosen from the shapes. Raises ValueError on a shape, dtype, device or
-    layout the kernels would read wrongly.
+    keys, which is otherwise chosen from the shapes.
+
+    Raises ValueError on a shape, dtype, device or layout the kernels would read wrongly and, for
+    tensors on the CPU, on row starts, lengths, positions, ancestor words and used pages that
+    contradict each other. On a GPU these numbers are not read: a wrong page reads foreign memory.
     """
     check_call(q_THK, k_cache_RCGK, v_cache_RCGK, rows, chunk_size, num_splits)
     check_scales(k_cache_RCGK, k_scale, v_scale)

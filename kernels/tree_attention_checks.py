@@ -60,6 +60,56 @@ def check_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) 
             )
 
 
+def check_values(
+    rows: TreeRows, num_rows: int, num_pages: int, page_size: int, chunk_size: int | None
+) -> None:
+    """Raises ValueError on numbers that would read foreign memory or another tree than was meant.
+
+    Reads all of them, so only where they lie on the host.
+    """
+    starts = rows.row_starts_B1.tolist()
+    for b, prefix in enumerate(rows.prefix_lengths_B.tolist()):
+        start, stop = starts[b : b + 2]
+        if not 0 <= start <= stop <= min(num_rows, start + rows.max_rows):
+            raise ValueError(
+                f"rows.row_starts_B1: must rise from 0 to at most {num_rows}, by at most max_rows "
+                f"{rows.max_rows}, got {starts}"
+            )
+        capacity, end = rows.page_table_BM.shape[1] * page_size, prefix + stop - start
+        if prefix < 0 or end > capacity:
+            raise ValueError(
+                f"rows.prefix_lengths_B, rows.page_table_BM: must be 0 or more, and hold it and "
+                f"the new rows, got {prefix} and {stop - start} for {capacity} slots"
+            )
+        _check_tree(rows, slice(start, stop), prefix)
+        first = 0 if chunk_size is None else prefix // chunk_size * chunk_size
+        used = rows.page_table_BM[b, first // page_size : -(-end // page_size)].tolist()
+        if stop > start and not all(0 <= page < num_pages for page in used):
+            raise ValueError(
+                f"rows.page_table_BM: entries of slots {first} to {end - 1} must be 0 to "
+                f"{num_pages - 1}, got {used} for sequence {b}"
+            )
+
+
+def _check_tree(rows: TreeRows, own: slice, prefix: int) -> None:
+    """Row i has at most i ancestors, and sees itself and no new row behind it."""
+    is_chain = rows.ancestors_T is None
+    for i, position in enumerate(rows.positions_T[own].tolist()):
+        if not (prefix + i if is_chain else prefix) <= position <= prefix + i:
+            raise ValueError(
+                f"rows.positions_T: row {i} behind {prefix} slots must stand at "
+                f"{prefix + i}{'' if is_chain else ' or less, not in the prefix'}, got {position}"
+            )
+    if rows.ancestors_T is None:
+        return
+    for i, word in enumerate(rows.ancestors_T[own].tolist()):
+        if (word % 2**64) >> i != 1:
+            raise ValueError(
+                f"rows.ancestors_T: row {i} must see itself and no row behind it (parents come "
+                f"before their children), got the word {word % 2**64:#x}"
+            )
+
+
 def _check_queries(q_THK: Tensor) -> None:
     in_range = MIN_HEAD_DIM <= q_THK.shape[-1] <= MAX_HEAD_DIM
     if q_THK.ndim != 3 or q_THK.stride(-1) != 1 or not in_range:

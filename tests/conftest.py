@@ -6,6 +6,7 @@ the sizes of real models: they run where there is a GPU (`pytest -m gpu`) and ar
 """
 
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -14,7 +15,11 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests import without_hypothesis
 from tests.ranks import Ranks
+
+if find_spec("hypothesis") is None:
+    without_hypothesis.install()
 
 
 def pytest_configure(config: pytest.Config) -> None:

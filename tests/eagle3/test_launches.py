@@ -11,7 +11,7 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
-from aerie.kernels import backend
+from aerie.kernels import backend, tree_attention
 
 LAUNCH = "triton launch"
 EXPECTED = {
@@ -67,6 +67,7 @@ def test_launches_of_a_recycled_level(
         return call
 
     monkeypatch.setattr(kernel_type, "__getitem__", counted)
+    monkeypatch.setattr(tree_attention, "check_values", lambda *_: None)  # of CPU tensors alone
     draft = load_draft(draft_files("llama"), make_target(), "triton")
     step = draft.allocate_cache(max_length).causal_step(1)
     ids, hidden = torch.tensor([3]), torch.randn(1, draft.config.hidden_size)

@@ -558,3 +558,40 @@ def test_rejects_bad_arguments(device):
         ValueError, match="rows.page_table_BM: must be torch.int32 with a contiguous"
     ):
         attend(rows=replace(rows, page_table_BM=wide))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("row_starts_B1", [0, 4], "must rise from 0 to at most 3, by at most max_rows 3"),
+        ("row_starts_B1", [2, 1], "must rise"),
+        ("row_starts_B1", [-1, 1], "must rise"),
+        ("prefix_lengths_B", [-1], "must be 0 or more"),
+        ("prefix_lengths_B", [46], "got 46 and 3 for 48 slots"),
+        ("positions_T", [15, 16, 19], "row 2 behind 15 slots must stand at 17 or less"),
+        ("positions_T", [14, 16, 16], "row 0 behind 15 slots"),
+        ("ancestors_T", [1, 3, 9], "row 2 must see itself and no row behind it .* word 0x9"),
+        ("ancestors_T", [3, 3, 5], "row 0 must see itself"),
+        ("ancestors_T", [1, 1, 5], "row 1 must see itself"),
+        ("ancestors_T", [1, 3, -4], "row 2 must see itself .* word 0xfffffffffffffffc"),
+        ("page_table_BM", [[0, 3]], r"entries of slots 0 to 17 must be 0 to 2, got \[0, 3\]"),
+        ("page_table_BM", [[-1, 0]], "must be 0 to 2"),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_refused(name, values, message, device):
+    if device.type != "cpu":
+        pytest.skip("values on a GPU are not read")
+    q, *caches, rows = _case([[-1, 0, 0]], [15], device)
+    tree_attention(q, *caches, rows, None, SCALE)
+    wrong = torch.tensor(values, dtype=getattr(rows, name).dtype)
+    with pytest.raises(ValueError, match=rf"rows\.{name}.*{message}"):
+        tree_attention(q, *caches, replace(rows, **{name: wrong}), None, SCALE)
+
+
+def test_a_chain_that_leaves_a_gap_is_refused(device):
+    if device.type != "cpu":
+        pytest.skip("values on a GPU are not read")
+    q, *caches, rows = _case([[-1, 0]], [3], device, chains=True)
+    gap = replace(rows, positions_T=rows.positions_T + torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="row 1 behind 3 slots must stand at 4, got 5"):
+        tree_attention(q, *caches, gap, None, SCALE)
