@@ -39,6 +39,7 @@ from aerie.kernels.quantize import Quantized, dequantized, quantize_ref
 from aerie.kernels.router import Routing
 from aerie.kernels.stream_launch import read_ahead
 from aerie.kernels.swiglu import swiglu_halves_ref
+from aerie.kernels.target import Target, target_of
 
 
 def experts_ref(
@@ -128,13 +129,22 @@ def static_scale(matrix: ExpertMatrix, expert: int) -> Tensor | None:
 
 
 def _launch_config(
-    pairs: int, experts: int, depth: int, width: int, itemsize: int, is_fp8: bool
+    target: Target,
+    pairs: int,
+    experts: int,
+    depth: int,
+    width: int,
+    itemsize: int,
+    is_fp8: bool,
+    is_blocked: bool = False,
 ) -> LaunchConfig:
     """Tiles and splits of both products, from shapes alone (`experts_launch`)."""
     return LaunchConfig(
-        tile_pairs(pairs, experts, is_fp8),
-        product_config(pairs, experts, 2 * width, depth, itemsize, is_fp8, has_gate=True),
-        product_config(pairs, experts, depth, width, itemsize, is_fp8, has_gate=False),
+        tile_pairs(target, pairs, experts, is_fp8, is_blocked),
+        product_config(
+            target, pairs, experts, 2 * width, depth, itemsize, is_fp8, True, is_blocked
+        ),
+        product_config(target, pairs, experts, depth, width, itemsize, is_fp8, False, is_blocked),
     )
 
 
@@ -160,7 +170,9 @@ def _experts_op(
         return x.new_empty(x.shape)
     first = ExpertMatrix(gate_up, gate_up_scale, gate_up_input_scale)
     second = ExpertMatrix(down, down_scale, down_input_scale)
-    config = _launch_config(pairs, experts, depth, width, x.itemsize, first.is_fp8)
+    config = _launch_config(
+        target_of(x), pairs, experts, depth, width, x.itemsize, first.is_fp8, first.is_blocked
+    )
     slots = slots_for(pairs, experts, config.tile_pairs)
     call = Call(ids, scores, first_expert, ids.new_empty(pairs), ids.new_empty((3, slots)), config)
     order_into(ids, call.pairs, call.tiles, experts, first_expert, config.tile_pairs)

@@ -25,6 +25,7 @@ from aerie.kernels.experts_frame import expert_product, scale_row_ptr
 from aerie.kernels.experts_launch import ProductConfig, product_config, split_scratch
 from aerie.kernels.quantize import FP8, Quantized, dequantized, scales_per_row
 from aerie.kernels.stream_launch import check_vector, check_weight, scale_of_weights, scale_stride
+from aerie.kernels.target import Target, target_of
 
 FEW_ROWS = 64  # one tile: the weights are read once
 
@@ -106,10 +107,10 @@ def takes_scaled_mm(
 
 
 def _launch_config(
-    rows: int, features: int, depth: int, is_blocked: bool, dtype: torch.dtype
+    target: Target, rows: int, features: int, depth: int, is_blocked: bool, dtype: torch.dtype
 ) -> LaunchConfig:
     """The tiles of one expert that all rows have chosen. Not yet measured on a GPU."""
-    tiles = product_config(rows, 1, features, depth, dtype.itemsize, True, has_gate=False)
+    tiles = product_config(target, rows, 1, features, depth, dtype.itemsize, True, False)
     return LaunchConfig(takes_scaled_mm(rows, features, depth, is_blocked, dtype), tiles)
 
 
@@ -126,7 +127,7 @@ def _scaled_linear_op(
     y_TF = code_scales.new_empty((rows, features), dtype=dtype)
     if rows == 0:
         return y_TF
-    config = _launch_config(rows, features, depth, is_blocked, dtype)
+    config = _launch_config(target_of(codes), rows, features, depth, is_blocked, dtype)
     if config.scaled_mm:
         return _scaled_mm(codes, code_scales, weight, scale, bias, dtype)
     check_launchable(y_TF)

@@ -59,12 +59,8 @@ AMD_GATHER = "rows found by an id or a page are read 8 bytes at a time on AMD, t
 AMD_FLOAT32 = "float32 is no served dtype: AMD's lanes read 8 bytes each of a step 32 columns deep"
 FLOAT32 = "float32 is no served dtype: rows normed on their way, multiplied without tensor cores"
 FEW_LOADS = "all keys and values are 128 bits wide; beside these few the positions and words count"
-SM_100 = "tiles are chosen for sm_90; sm_100 reads whole tiles of sums back into registers"
-AMD_FP8 = "e4m3 is emulated there; beside up to 64 pairs 256 registers are too few"
 EXCEPTED = (
-    Excepted("_experts_*_kernel", "spills", "sm_100", "fp8", SM_100),
     Excepted("_experts_down_kernel", "spills", "sm_100", "fp32", FLOAT32),
-    Excepted("_experts_*_kernel", "spills", "gfx942", "fp8", AMD_FP8),
     Excepted("_experts_*_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
     Excepted("_tree_attention_kernel", "wide loads", "sm_*", "fp32", FEW_LOADS),
     Excepted("_tree_attention_kernel", "wide loads", "gfx942", "*", FEW_LOADS),

@@ -23,6 +23,7 @@ from aerie.kernels.experts import (
 )
 from aerie.kernels.quantize import FP8, Quantized, quantize_ref
 from aerie.kernels.router import Routing
+from aerie.kernels.target import HOPPER
 from tests.evidence import (
     VAST,
     assert_as_accurate,
@@ -94,7 +95,7 @@ def test_prompts_are_cut_into_sorted_tiles(format, device):
 
 def test_the_widest_tiles(device):
     x, _, gate_up, down, shared = make_inputs(Case(140, 1, 2, 40, 36), "plain", device)
-    assert launch.tile_pairs(140, 2, False) == 128
+    assert launch.tile_pairs(HOPPER, 140, 2, False) == 128
     check(x, routed(make_ids("adversarial", 140, 1, 2, device)), gate_up, down, shared)
 
 
@@ -234,7 +235,7 @@ def test_rejects_bad_arguments(device):
 def test_launch_rules(is_fp8):
     """Memory of an SM, bytes in flight, and the crossover from one tile per expert to many."""
     for pairs in (1, 2, 8, 16, 17, 33, 64, 65, 300, 1024, 1025, 16384):
-        config = _launch_config(pairs, 16, 5120, 8192, 2, is_fp8)
+        config = _launch_config(HOPPER, pairs, 16, 5120, 8192, 2, is_fp8)
         assert config.tile_pairs >= min(pairs, 64)  # an expert of a small step has one tile
         for product in (config.gate_up, config.down):
             size = 1 if is_fp8 else 2
@@ -247,10 +248,10 @@ def test_launch_rules(is_fp8):
                 per_sm = min(2, 227 * 1024 // (product.num_stages * stage))
                 assert per_sm * (product.num_stages - 1) * weights >= 64 * 1024
                 assert product.BLOCK_N >= 64  # rows of a Hopper product
-    one = _launch_config(1, 16, 5120, 8192, 2, is_fp8)
+    one = _launch_config(HOPPER, 1, 16, 5120, 8192, 2, is_fp8)
     assert one.gate_up.SPLITS * 16384 // one.gate_up.BLOCK_N >= 132
     assert one.down.SPLITS * 5120 // one.down.BLOCK_N >= 132
-    assert launch.tile_pairs(64 * 16 + 1, 16, is_fp8) == (64 if is_fp8 else 128)
+    assert launch.tile_pairs(HOPPER, 64 * 16 + 1, 16, is_fp8) == (64 if is_fp8 else 128)
 
 
 @pytest.mark.gpu
@@ -290,7 +291,7 @@ def hopper_sum(products_K: torch.Tensor, promoted_after: int) -> float:
 @pytest.mark.parametrize("pairs", [1, 64, 65, 4096])
 def test_promotion_bounds_the_error_on_hopper(pairs):
     """Each of the sums cuts off less than 2^-13 of itself; 8192 columns in one lose far more."""
-    config = _launch_config(pairs, 16, 5120, 8192, 2, True)
+    config = _launch_config(HOPPER, pairs, 16, 5120, 8192, 2, True)
     codes = normal((2, 8192), torch.float32, "cpu").abs().to(FP8).double()
     products = codes[0] * codes[1]  # of one sign: the sum grows, and with it what is cut off
     truth = products.sum().item()

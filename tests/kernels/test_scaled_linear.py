@@ -17,6 +17,7 @@ from aerie.kernels.scaled_linear import (
     scaled_linear_ref,
     takes_scaled_mm,
 )
+from aerie.kernels.target import HOPPER
 from tests.evidence import (
     assert_as_accurate,
     check_compiles,
@@ -63,7 +64,7 @@ def test_any_split_of_the_depth(scales, monkeypatch, device):
 
 def test_torch_multiplies_many_rows(device):
     inputs = make_inputs((66, 128, 48), "channel", device, bias=True)
-    assert _launch_config(66, 48, 128, False, torch.bfloat16).scaled_mm
+    assert _launch_config(HOPPER, 66, 48, 128, False, torch.bfloat16).scaled_mm
     check(inputs, torch.bfloat16)
     check(make_inputs((66, 128, 48), "tensor", device), torch.bfloat16)
 
@@ -122,7 +123,7 @@ def test_rule():
     assert not takes_scaled_mm(65, 5120, 5120, True, torch.bfloat16)
     assert not takes_scaled_mm(65, 5120, 5120, False, torch.float16)
     for rows in (1, 8, 16, 33, 64):
-        tiles = _launch_config(rows, 5120, 5120, False, torch.bfloat16).tiles
+        tiles = _launch_config(HOPPER, rows, 5120, 5120, False, torch.bfloat16).tiles
         assert rows <= tiles.WIDE_T
         assert tiles.BLOCK_N >= 64  # rows of a Hopper product
         assert tiles.BLOCK_K <= 128  # what one sum of 14 bits takes
