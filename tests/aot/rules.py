@@ -59,6 +59,7 @@ AMD_GATHER = "rows found by an id or a page are read 8 bytes at a time on AMD, t
 AMD_FLOAT32 = "float32 is no served dtype: AMD's lanes read 8 bytes each of a step 32 columns deep"
 FLOAT32 = "float32 is no served dtype: rows normed on their way, multiplied without tensor cores"
 FEW_LOADS = "all keys and values are 128 bits wide; beside these few the positions and words count"
+AMD_ROWS = "64 rows of codes are read 8 bytes at a time on AMD, the weight 16"
 EXCEPTED = (
     Excepted("_experts_down_kernel", "spills", "sm_100", "fp32", FLOAT32),
     Excepted("_experts_*_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
@@ -70,6 +71,7 @@ EXCEPTED = (
     Excepted("_draft_vocab_kernel", "wide loads", "gfx942", "fp32", AMD_FLOAT32),
     Excepted("_gate_up_kernel", "wide loads", "gfx942", "fp32", AMD_FLOAT32),
     Excepted("_qkv_projection_kernel", "spills", "sm_*", "fp32", FLOAT32),
+    Excepted("_scaled_linear_kernel", "wide loads", "gfx942", "fp8", AMD_ROWS),
     Excepted("_qkv_projection_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
 )
 
