@@ -235,6 +235,14 @@ CONFIGS = {
         },
         "parts that are one matrix in memory must be quantised alike",
     ),
+    "a quantised router": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"g": GROUP},
+            "ignore": ["lm_head"],
+        },
+        "feed_forward.router' must be ignored: routers stay unquantised",
+    ),
     "not an object": ("fp8", "must be an object"),
 }
 
