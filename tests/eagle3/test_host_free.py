@@ -52,8 +52,8 @@ def running(device: torch.device, policy, params, count: int) -> Decodings:
 def test_a_round_needs_no_values(policy, sampling):
     for count in (1, 3):
         decodings = running(torch.device("meta"), POLICIES[policy], SAMPLINGS[sampling], count)
-        for _ in range(2):
-            report = decodings.passes.round(count)
+        decodings.passes.round(count)
+        report = decodings.passes.round(count)
         depth = 0 if POLICIES[policy] is None else POLICIES[policy].depth
         assert report.numbers_BP.shape == (count, 2 + depth)
         assert report.numbers_BP.device.type == "meta"
