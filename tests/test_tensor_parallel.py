@@ -7,7 +7,7 @@ every sampling rule; ends inside a burst; ragged batches; the embedded pair; see
 the Triton backend; taps that are the same bits on all ranks; what only one rank knows.
 
 float32 sums in another order differ in their last bits, so a near tie of the whole model may go the
-other way: where ids differ, the first difference must be one (`MARGIN`), and few may.
+other way; where that happens all ranks go it together. These seeds have none.
 """
 
 import gc

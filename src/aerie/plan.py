@@ -48,8 +48,9 @@ def make_planner(
         quantization = quantized_on_load(target, quantization, quantize, quantize_linears)
     check_shard(config, shard)
     draft_size = check_draft_size(speculation.draft_tensor_parallel_size, shard.size)
-    is_elsewhere = draft is None or (draft_size == 1 and shard.rank > 0)
-    drafted = None if is_elsewhere else _draft_plan(draft, config, speculation)
+    drafted = None
+    if draft is not None and (draft_size > 1 or shard.rank == 0):
+        drafted = _draft_plan(draft, config, speculation)
     num_drafted = 0 if draft is None else speculation.policy.num_rows
     kv_dtype = cache_dtype(kv_cache_dtype, dtype)
     run = Run(dtype, kv_dtype, quantization, num_drafted, backend, shard, draft_size)

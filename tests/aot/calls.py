@@ -100,6 +100,7 @@ def accept(rows: int, kind: str) -> None:
 @op()
 def argmax(rows: int, kind: str) -> None:
     _argmax.argmax(floats(kind, rows, V))
+    _argmax.argmax_keys(floats(kind, rows, V // 8), V // 8)  # one rank of eight
 
 
 @op()
@@ -147,6 +148,7 @@ def draw(rows: int, kind: str) -> None:
         per_row, per_row, per_row, integers(rows, dtype=torch.int32), per_row
     )
     _draw.draw(floats(kind, rows, V), kept, ids, ids)
+    _draw.draw_keys(floats(kind, rows, V // 8), kept, ids, ids, V // 8)  # one rank of eight
 
 
 @op()
