@@ -59,7 +59,8 @@ def test_benches_run_without_pytest_benchmark(tmp_path):
 
 
 def test_random_cases_are_skipped_without_hypothesis(monkeypatch):
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    for name in ("hypothesis", "hypothesis.strategies"):
+        monkeypatch.setitem(sys.modules, name, None)  # remembers what is there
     without_hypothesis.install()
     import hypothesis
     from hypothesis import strategies as st
