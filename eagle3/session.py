@@ -60,13 +60,15 @@ class Session:
     ) -> SingleStream:
         """Appends `ids` to the text and goes on behind them; iterate over what is returned.
 
-        The next turn ends this one where it stands. Positions of `images` are those of the text,
-        and all of this turn. Raises ValueError as `generate`, and for more than `max_length`.
+        The next turn ends this one where it stands. `images` stand at placeholders of `ids`.
+        Raises ValueError as `generate`, and for more than `max_length`.
         """
         text, num_cached = self.tokens, 0
+        images = None if images is None else images.moved(len(text))
         if self._turn is not None:
             self._engine.cancel(self._turn)
             num_cached = self._turn.num_cached
+            images = _not_yet_run(self._turn.request.images, num_cached, images)
         request = Request.checked(
             self._target, [*text, *ids], max_new_tokens, eos_token_ids, sampling, detokenize, images
         )
@@ -102,6 +104,14 @@ class Session:
         for _ in stream:
             pass
         return Generation.of(stream.decoded)
+
+
+def _not_yet_run(
+    earlier: ImageFeatures | None, num_cached: int, images: ImageFeatures | None
+) -> ImageFeatures | None:
+    """`images` behind those of the turn before that run again, or that it did not come to."""
+    left = None if earlier is None else earlier.since(num_cached)
+    return images if left is None else left.followed_by(images)
 
 
 class _HeldRow:

@@ -37,6 +37,24 @@ class ImageFeatures:
         _check_count(len(positions), sum(map(len, features)), image_token_id)
         return cls(positions, torch.cat(list(features)))
 
+    def moved(self, distance: int) -> "ImageFeatures":
+        """The same rows, `distance` positions further on."""
+        return ImageFeatures(tuple(at + distance for at in self.positions), self.rows_FD)
+
+    def since(self, start: int) -> "ImageFeatures | None":
+        """Those at position `start` or behind it, if there are any."""
+        first = bisect_left(self.positions, start)
+        if first == len(self.positions):
+            return None
+        return ImageFeatures(self.positions[first:], self.rows_FD[first:])
+
+    def followed_by(self, later: "ImageFeatures | None") -> "ImageFeatures":
+        """These, then `later` ones, whose positions are all higher."""
+        if later is None:
+            return self
+        rows_FD = torch.cat((self.rows_FD, later.rows_FD))
+        return ImageFeatures(self.positions + later.positions, rows_FD)
+
     def reach(self, start: int, stop: int) -> bool:
         """Whether a position within [start, stop) is an image's."""
         first = bisect_left(self.positions, start)

@@ -2,7 +2,7 @@
 
 Regimes: chains, trees and plain decoding, greedy and sampled with rules; turns that end inside a
 burst, at an end token, at the limit or by being closed; turns over chunk edges, rings of chunked
-layers and prefill passes; empty turns; the draft's cache is that of one pass; what runs again.
+layers and prefill passes; images; empty turns; the draft's cache is that of one pass; what runs again.
 """
 
 import random
@@ -13,6 +13,7 @@ import torch
 from aerie.eagle3.generate import generate
 from aerie.eagle3.policies import Chain
 from aerie.eagle3.session import Session
+from aerie.llama4.image_features import ImageFeatures
 from tests.test_lossless import CONTEXT, VOCAB, random_draft, random_prompt, random_target
 from tests.test_policies import random_policy
 from tests.test_sampled_lossless import random_params
@@ -105,6 +106,24 @@ def test_a_closed_turn_can_be_continued():
         assert session.tokens == [1, 2, 3, *begun]
         found = session.generate([7], 20, ())  # ends the turn before it
         expected = generate(target, [1, 2, 3, *begun, 7], 20, eos_token_ids=())
+        assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_images_stay_with_the_text(is_begun):
+    """An image's last row runs again behind a turn of one token; a turn may not have begun."""
+    target = random_target(8, num_hidden_layers=4)
+    picture = ImageFeatures(tuple(range(2, 8)), torch.randn(6, target.config.hidden_size))
+    for helper in (random_draft(8, target), None):
+        session = Session(target, CONTEXT, helper)
+        first = session.stream([1, 2, *[9] * 6], 1, (), images=picture)
+        if is_begun:
+            assert len(list(first)) == 1
+        text = [*session.tokens, 3, *[9] * 6]
+        other = ImageFeatures(tuple(range(1, 7)), picture.rows_FD.flip(0))
+        found = session.generate(text[-7:], 12, (), images=other)
+        both = picture.followed_by(other.moved(len(text) - 7))
+        expected = generate(target, text, 12, eos_token_ids=(), images=both)
         assert found.tokens == expected.tokens
 
 
