@@ -2,7 +2,7 @@
 
 Regimes: chains, trees and plain decoding, greedy and sampled with rules; turns that end inside a
 burst, at an end token, at the limit or by being closed; turns over chunk edges, rings of chunked
-layers and prefill passes; images; empty turns; the draft's cache is that of one pass; what runs again.
+layers and prefill passes; images; empty turns; what is in the draft's cache, and what runs again.
 """
 
 import random
