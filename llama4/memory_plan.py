@@ -56,7 +56,9 @@ def kv_bytes(
         share = sum(specs[layer].chunk_size is not None for layer in plan.layers)
         chunked += batch * size * share // len(plan.layers)
         full += batch * size * (len(plan.layers) - share) // len(plan.layers)
-        tables += batch * plan.num_logical_pages * torch.int32.itemsize
+        # pages, and the slots of every page spelled out
+        entry = torch.int32.itemsize + PAGE_SIZE * torch.int64.itemsize
+        tables += batch * plan.num_logical_pages * entry
     return KVBytes(full, chunked, tables)
 
 

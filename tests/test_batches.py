@@ -11,6 +11,7 @@ import random
 import pytest
 import torch
 
+from aerie.eagle3.batch import Batch
 from aerie.eagle3.generate import Decoding, Decodings, generate
 from aerie.eagle3.policies import Chain, StaticTree
 from aerie.eagle3.registry import load_draft
@@ -211,3 +212,17 @@ def test_drafts_are_those_of_each_prompt_alone():
     ]
     assert accepted[0] > 40
     assert abs(accepted[0] - accepted[1]) <= 2  # the draft's sums may round differently
+
+
+def test_a_row_moves_whole():
+    """A column left behind would cost acceptance only, and show nowhere else."""
+    batch = Batch(3, 9, 4, 2, 5, torch.float32, torch.device("cpu"))
+    columns = [*batch.taps_BPD, *(x for x in vars(batch).values() if isinstance(x, torch.Tensor))]
+    assert len(columns) == 9
+    for column in columns:
+        column.copy_(torch.arange(column.numel()).view(column.shape) + 1)
+    before = [column[2].clone() for column in columns]
+    batch.move(2, 0)
+    for column, row in zip(columns, before, strict=True):
+        assert torch.equal(column[0], row)
+    assert batch.lengths_B.tolist()[2] == batch.is_running_B.tolist()[2] == 0

@@ -69,7 +69,7 @@ def bytes_of_named(module: torch.nn.Module, part: str) -> int:
 
 
 def cache_bytes(cache: PagedKVCache) -> int:
-    tensors = [t for p in cache.pools for t in (p.k_LRCGK, p.v_LRCGK, p.page_table_BM)]
+    tensors = [t for p in cache.pools for t in (p.k_LRCGK, p.v_LRCGK, p.page_table_BM, p.slots_BS)]
     return sum(tensor.nbytes for tensor in tensors)
 
 
