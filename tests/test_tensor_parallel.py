@@ -38,7 +38,7 @@ from tests.test_policies import random_policy
 from tests.test_sampled_lossless import random_params
 
 VOCAB = 33
-CASES = {2: 10, 4: 3}  # by ranks; a collective waits for every rank's turn on a busy machine
+CASES = {2: 8, 4: 2}  # by ranks; a collective waits for every rank's turn on a busy machine
 
 
 def target_values(choose: random.Random) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def test_taps_are_the_same_bits_on_all_ranks(ranks, tmp_path):
 def interpreted(group, folder: str) -> list[int]:
     target = Llama4ForCausalLM.from_pretrained(folder, backend="triton", group=group)
     params = SamplingParams(1.0, top_p=0.9, seed=1)
-    return generate(target, [5, 32], 2, eos_token_ids=(), sampling=params).tokens
+    return generate(target, [5, 32], 1, eos_token_ids=(), sampling=params).tokens
 
 
 def test_triton_backend(two_ranks, tmp_path):
@@ -298,7 +298,7 @@ def test_triton_backend(two_ranks, tmp_path):
     write_pair(tmp_path, 1)
     whole = Llama4ForCausalLM.from_pretrained(tmp_path / "target", backend="eager")
     params = SamplingParams(1.0, top_p=0.9, seed=1)
-    expected = generate(whole, [5, 32], 2, eos_token_ids=(), sampling=params).tokens
+    expected = generate(whole, [5, 32], 1, eos_token_ids=(), sampling=params).tokens
     assert two_ranks(interpreted, str(tmp_path / "target")) == [expected] * 2
 
 
