@@ -22,6 +22,7 @@ from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 
 NEW_TOKENS = 128
+BATCH, BATCH_REPEATS = 8, 3  # prompts side by side; runs of each kind, in alternation
 PROVIDERS = ("transformers", "plain", "speculative")
 
 
@@ -95,6 +96,32 @@ def bench_generate(provider, request, benchmark, environment, heldout_ids, runs)
         "prompts": len(mine),
         "acceptance_length": mean(run.acceptance_length for run in mine),
         "tokens_per_second": NEW_TOKENS / median(run.seconds for run in mine),
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "speculative"])
+def bench_batches(kind, benchmark, environment, target, draft, heldout_ids):
+    """Throughput of `BATCH` held-out prompts side by side, over that of the same one by one."""
+    prompts, helper = heldout_ids[:BATCH], draft if kind == "speculative" else None
+
+    def seconds(max_batch_size: int) -> float:
+        start = time.perf_counter()
+        generate(
+            target, prompts, NEW_TOKENS, helper, eos_token_ids=(), max_batch_size=max_batch_size
+        )
+        return time.perf_counter() - start
+
+    def alternate() -> list[list[float]]:
+        pairs = [(seconds(1), seconds(BATCH)) for _ in range(BATCH_REPEATS)]
+        return [list(times) for times in zip(*pairs, strict=True)]
+
+    alone, together = (median(times) for times in benchmark.pedantic(alternate, rounds=1))
+    tokens = BATCH * NEW_TOKENS
+    benchmark.extra_info |= environment | {
+        "batch": BATCH,
+        "kind": kind,
+        "batch_tokens_per_second": tokens / together,
+        "batch_ratio": alone / together,
     }
 
 

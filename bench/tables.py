@@ -142,6 +142,13 @@ def generate_markdown(results: Sequence[dict[str, Any]]) -> str:
                 values = [f"{value:.2f}" for value in (*per_position, info["acceptance_length"])]
                 columns = ("held-out prompts, position", *positions, "length")
                 parts += ["", markdown(columns, [("accepted", *values)])]
+        batches = [info for _, _, info in generate_entries(saved) if "batch_ratio" in info]
+        for info in batches:
+            parts += [
+                f"\n{info['batch']} prompts side by side, {info['kind']}: "
+                f"{info['batch_tokens_per_second']:.0f} tokens/s, {info['batch_ratio']:.2f} times "
+                f"one by one."
+            ]
     return "\n".join(parts)
 
 
