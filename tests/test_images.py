@@ -321,7 +321,7 @@ def test_command_line_counts_images(prompt, images, expected, folder, picture):
 
 
 def test_command_line_refuses_before_it_loads(folder, picture, monkeypatch):
-    monkeypatch.setattr("aerie.run.load_target", None)
+    monkeypatch.setattr("aerie.loading.load_target", None)
     result = generate(folder, "--prompt", "a", "--image", spoilt(picture, "truncated"))
     assert result.exit_code == 2
     assert "not a readable image" in result.stderr

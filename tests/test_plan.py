@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from aerie import run as running
+from aerie import loading
 from aerie.cli import app
 from aerie.eagle3.registry import load_draft
 from aerie.embedded import DRAFT, TARGET
@@ -107,8 +107,8 @@ def test_generate_refuses_before_it_loads(monkeypatch):
     def load(*_: object) -> None:
         raise AssertionError("was loaded")
 
-    monkeypatch.setattr(running, "load_target", load)
-    monkeypatch.setattr(running, "free_memory", lambda device: 10 * 2**20)
+    monkeypatch.setattr(loading, "load_target", load)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 10 * 2**20)
     result = aerie(*GENERATE)
     assert result.exit_code == 2
     assert "what cpu has left is 0.01 GiB; not even one token fits beside weights" in result.stderr
@@ -117,8 +117,8 @@ def test_generate_refuses_before_it_loads(monkeypatch):
 
 def test_free_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
-    assert running.free_memory(torch.device("cuda:1")) == 7
-    assert running.free_memory(torch.device("cpu")) is None
+    assert loading.free_memory(torch.device("cuda:1")) == 7
+    assert loading.free_memory(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("has_tensors", [True, False])

@@ -7,7 +7,9 @@ import torch
 from aerie.eagle3.generate import Decodings, generate
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sequences import Request as Asked
-from aerie.run import Loaded, Outcome, Request, image_features, with_bad_words
+from aerie.loading import Loaded
+from aerie.request import Request
+from aerie.run import Outcome, image_features, with_bad_words
 from aerie.text import TextStream
 
 

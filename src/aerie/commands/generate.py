@@ -11,7 +11,9 @@ from aerie import plotting, ranks, report
 from aerie.batch_run import run_batch
 from aerie.commands.generate_options import GenerateOptions
 from aerie.commands.shared import exit_code_2_on_bad_input, stderr, stdout
-from aerie.run import Outcome, Request, load, run
+from aerie.loading import load
+from aerie.request import Request
+from aerie.run import Outcome, run
 
 
 def generate(options: GenerateOptions) -> None:

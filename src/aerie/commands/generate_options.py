@@ -28,7 +28,7 @@ from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.prompting import Asked
 from aerie.ranks import rank_device
-from aerie.run import Request, device_named, dtype_named
+from aerie.request import Request, device_named, dtype_named
 
 
 class KVCacheDtypeName(StrEnum):

@@ -28,7 +28,7 @@ from aerie.llama4.hub import resolve_folder
 from aerie.llama4.sharding import Shard
 from aerie.plan import as_dict, as_rows, free_memory, make_planner, size
 from aerie.report import key_value_table
-from aerie.run import dtype_named
+from aerie.request import dtype_named
 
 GPU = torch.device("cuda")
 

@@ -28,8 +28,9 @@ from aerie.eagle3.probe import Diagnosis
 from aerie.eagle3.probe import probe as probe_draft
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.llama4.hub import resolve_folder
+from aerie.loading import load_target
 from aerie.progress import loading
-from aerie.run import device_named, dtype_named, load_target
+from aerie.request import device_named, dtype_named
 from aerie.text import load_tokenizer
 
 

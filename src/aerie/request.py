@@ -1,0 +1,65 @@
+"""What `aerie generate` was asked for, checked: see `commands/generate_options.py`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aerie.eagle3.generate import MAX_BATCH_SIZE
+from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.speculation import SpeculativeConfig
+from aerie.kernels.backend import Backend
+from aerie.llama4.kv_scales import KVCacheDtype
+from aerie.llama4.quantization import Quantize
+from aerie.prompting import Asked
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request (`commands/generate_options.py`)."""
+
+    model: str | Path
+    revision: str | None
+    draft: str | Path | None
+    draft_revision: str | None
+    prompt: str
+    max_new_tokens: int
+    sampling: SamplingParams
+    bad_words: tuple[str, ...]
+    speculation: SpeculativeConfig
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+    kv_cache_dtype: KVCacheDtype
+    quantize: Quantize | None
+    quantize_linears: bool
+    check: bool
+    count_experts: bool = False
+    images: tuple[Path, ...] = ()
+    chat: bool = False
+    lazy_vision: bool = False
+    prompts: tuple[Asked, ...] = ()  # of a batch; `prompt` is the first
+    max_batch_size: int = MAX_BATCH_SIZE
+    memory_fraction: float | None = None
+    tensor_parallel_size: int = 1
+    expert_parallel: bool = False
+
+
+def device_named(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {name!r} is no device ({error})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: supported are cpu and cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name!r} asked, {torch.cuda.device_count()} GPUs are present")
+    return device
+
+
+def dtype_named(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
