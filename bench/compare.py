@@ -2,7 +2,8 @@
 
 The reference is there twice, as it is and through `torch.compile` in its default mode; peers come
 from `bench/peers.py`. Every provider must first agree with the reference on these very inputs: a
-wrong answer has no time. Ours failing is an error; a rival that fails is a skipped row with reason.
+wrong answer has no time, nor has a kernel of ours that does not repeat its bits. Ours failing is an
+error; a rival that fails is a skipped row with reason.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from bench.copies import cache_bytes, copied, copies_for, held_bytes, is_cold, t
 from bench.environment import clocks
 from bench.graphs import graph_timer, launches
 from bench.peers import PEERS
+from bench.repeats import RUNS, run_that_differs
 from bench.timer import Timer, Work, host_timer, interleaved, summary
 
 LARGEST_DIFFERENCE = (
@@ -85,12 +87,18 @@ def _entered(
     try:
         if expected is not None and (wrong := disagreement(answer(contender), expected)):
             return {"status": f"refused: {wrong}"}, None
+        if name == "triton" and (run := _run_that_differs(contender)) is not None:
+            return {"status": f"refused: run {run} of {RUNS} gave other bits than run 0"}, None
         return _timed(contender, work, device)
     except Exception as error:
         if name in OURS:
             raise
         reason = str(error).strip().splitlines() or [""]
         return {"status": f"skipped: {type(error).__name__}: {reason[0][:80]}"}, None
+
+
+def _run_that_differs(contender: Contender) -> int | None:
+    return run_that_differs(contender.op, contender.prepare(*copied(contender.args)))
 
 
 def _timed(contender: Contender, work: Work, device: torch.device) -> tuple[dict, Timer]:

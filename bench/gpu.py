@@ -3,8 +3,9 @@
     python -m bench.gpu [--small] [--seconds N] [--commit SHA]
 
 1. the two ceilings and the cost of a launch
-2. the tests marked `gpu`: real shapes, bfloat16 and FP8, captured graphs, 100 equal runs
-3. every kernel beside its reference, torch.compile and the peers that are installed
+2. the tests marked `gpu`: real shapes, bfloat16 and FP8, captured graphs
+3. every kernel 100 times with equal bits, then beside its reference, torch.compile and the peers
+   that are installed
 4. Scout's 48 layers with random FP8 weights (`bench/scout.py`)
 5. compute-sanitizer's memcheck and racecheck over small shapes, where it is installed
 6. the rows into bench/results/<device>.json, the tables into README.md

@@ -26,6 +26,7 @@ from aerie.kernels.quantize import FP8
 from aerie.kernels.router import Routing
 from aerie.kernels.tree_attention import TreeRows, tree_attention_ref
 from bench import ceilings, compare, copies, graphs, peers, report, roofline, tables, timer, verdict
+from bench.repeats import run_that_differs
 from bench.session import COMPILED_ONCE, INTERPRETED, BenchSession, case_of, in_cases
 from bench.timer import Timer, Work
 
@@ -266,6 +267,26 @@ def contenders(**ops) -> dict:
 
 def broken(x):
     raise TypeError("their API changed\nsecond line")
+
+
+def test_a_kernel_that_does_not_repeat_its_bits_gets_no_time():
+    calls = []
+
+    def sometimes_other(x):
+        calls.append(1)
+        return x + 1e-6 * (len(calls) == 7)
+
+    def writes(x):
+        x += 1
+
+    x = torch.rand(5) + 1
+    assert run_that_differs(sometimes_other, (x,), 20) == 5  # behind a call to see what it returns
+    assert run_that_differs(torch.sqrt, (-x,), 3) is None  # NaNs too
+    assert run_that_differs(writes, (x.clone(),), 3) is None
+    calls.clear()
+    ours = {"triton": compare.Contender(sometimes_other, (x,))}
+    rows = compare.compare(ours, Work(bytes=40), REACHED, CPU)
+    assert rows["triton"]["status"] == "refused: run 5 of 100 gave other bits than run 0"
 
 
 def test_only_right_answers_get_a_time():
