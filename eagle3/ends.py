@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["eos", "stop", "length", "context"]
+FinishReason = Literal["eos", "stop", "length", "context", "error"]
 Detokenize = Callable[[Sequence[int]], str]
 SLACK = 16  # tokens without text of their own that a stop string may be interspersed with
 

@@ -81,19 +81,20 @@ class Speculation:
 class Generation:
     """`tokens` after the prompt, the end token included; why it stopped; what it took.
 
-    A sampled run is repeated by its `seed`.
+    A sampled run is repeated by its `seed`. `error` belongs to the reason "error".
     """
 
     tokens: list[int]
     finish_reason: FinishReason
     stats: Stats
     seed: int | None = None
+    error: str | None = None
 
     @classmethod
     def of(cls, decoded: Decoded) -> "Generation":
         assert decoded.finish_reason is not None
         seed = decoded.request.reported_seed
-        return cls(decoded.tokens, decoded.finish_reason, decoded.stats, seed)
+        return cls(decoded.tokens, decoded.finish_reason, decoded.stats, seed, decoded.error)
 
 
 class Decodings(Stream):
@@ -231,7 +232,7 @@ def generate(
     captured as CUDA graphs before the first token. Raises ValueError for an empty
     or too long prompt, ids outside the vocabulary, counts < 1, another cache dtype, or a prompt
     that the memory does not hold, and FloatingPointError where the target's logits are no
-    distribution.
+    distribution; in a list that prompt's `finish_reason` is "error", and the others go on.
     """
     target = target.get_language_model()
     is_list = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], SupportsIndex)
@@ -248,7 +249,11 @@ def generate(
     for _ in decodings:
         pass
     results = [Generation.of(decoded) for decoded in decodings.decoded]
-    return results if is_list else results[0]
+    if is_list:
+        return results
+    if results[0].error is not None:
+        raise FloatingPointError(results[0].error)
+    return results[0]
 
 
 def _each(name: str, value, prompts: list, is_list: bool) -> list:

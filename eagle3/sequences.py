@@ -94,11 +94,13 @@ class Request:
 
 @dataclass(eq=False)
 class Decoded:
-    """A request's tokens so far. It ends once, with a `finish_reason`."""
+    """A request's tokens so far. It ends once, with a `finish_reason`; if that is "error", `error`
+    says what it was."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
     stats: Stats = field(default_factory=Stats)
     num_prefilled: int = 0
     on_prefill: Callable[[int], None] | None = None  # told how much of the prompt has been read
@@ -114,17 +116,22 @@ class Decoded:
         return known + self._num_before - 1
 
     def keep(self, run: list[int]) -> Burst:
-        """The part of an accepted run, its bonus token last, that is output."""
-        if run[-1] < 0:
-            position = len(self.request.prompt_ids) + len(self.tokens) + len(run) - 1
-            raise FloatingPointError(
-                f"no token can be chosen for position {position}: the target's logits there "
-                f"contain NaN or +inf, or all are -inf"
-            )
+        """The part of an accepted run, its bonus token last, that is output.
+
+        A bonus token of -1 stands for logits that are no distribution: the text ends there.
+        """
         self._num_before = len(self.tokens)
-        kept, self.finish_reason = self.request.ends.cut(self.tokens, run)
+        chosen = run if run[-1] >= 0 else run[:-1]
+        kept, self.finish_reason = self.request.ends.cut(self.tokens, chosen)
         self.tokens += kept
         self.stats.num_tokens = len(self.tokens)
+        if chosen is not run and self.finish_reason is None:
+            self.finish_reason = "error"
+            self.error = (
+                "no token can be chosen for position "
+                f"{len(self.request.prompt_ids) + len(self.tokens)}: the target's logits there "
+                "contain NaN or +inf, or all are -inf"
+            )
         return Burst(tuple(kept), min(len(kept), len(run) - 1))
 
 

@@ -11,7 +11,10 @@ from aerie.eagle3.stats import Stats
 
 
 class Stream:
-    """Several prompts decoded together. Iterating yields (number of the prompt, burst)."""
+    """Several prompts decoded together. Iterating yields (number of the prompt, burst).
+
+    A prompt whose logits become no distribution ends with the reason "error"; the others go on.
+    """
 
     def __init__(self, engine: Engine, decoded: Sequence[Decoded]) -> None:
         self.engine, self.decoded = engine, list(decoded)
@@ -62,10 +65,15 @@ class SingleStream:
         return self.decoded.request.reported_seed
 
     def __iter__(self) -> Generator[Burst, None, None]:
-        """Closing the iterator between two bursts cancels the rest and frees its pages."""
+        """Closing the iterator between two bursts cancels the rest and frees its pages.
+
+        Raises FloatingPointError where the target's logits are no distribution.
+        """
         bursts = iter(self.stream)
         try:
             for _, burst in bursts:
                 yield burst
         finally:
             bursts.close()
+        if self.decoded.error is not None:
+            raise FloatingPointError(self.decoded.error)

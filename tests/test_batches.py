@@ -161,15 +161,47 @@ def test_bursts_say_what_was_accepted():
     assert 0 <= decoding.stats.num_accepted_tokens - accepted <= 4  # the last burst is cut
 
 
-def test_bad_logits_name_the_prompt_and_free_the_pages():
+@pytest.mark.parametrize("legal", [0, 3])
+def test_bad_logits_end_their_prompt_and_no_other(legal):
+    """From the token behind `legal` ones on; tokens before it are the prompt's own."""
     target = random_target(1, num_hidden_layers=4)
-    spoil = lambda ids, scores: torch.full_like(scores, torch.nan)  # noqa: E731
-    bad = SamplingParams(logits_processors=[spoil])
-    requests = [Request.checked(target, [1, 2], 4, (), own) for own in (SamplingParams(), bad)]
+    draft = random_draft(1, target)
+    prompts = [[1, 2], [5, 6, 7], [3]]
+    expected = generate(target, prompts, 9, eos_token_ids=())
+
+    def spoil(ids, scores):
+        known_B1 = torch.full((len(ids), 1), len(ids[0]) < len(prompts[1]) + legal)
+        return scores.where(known_B1, torch.nan)
+
+    samplings = [SamplingParams()] * 3
+    samplings[1] = SamplingParams(logits_processors=[spoil])
+    for helper in (draft, None):
+        found = generate(target, prompts, 9, helper, 2, (), sampling=samplings)
+        assert [one.finish_reason for one in found] == ["length", "error", "length"]
+        assert found[1].tokens == expected[1].tokens[:legal]
+        assert f"chosen for position {3 + legal}: the target's logits" in str(found[1].error)
+        assert found[0].tokens == expected[0].tokens
+        assert found[2].tokens == expected[2].tokens
+        assert found[0].error is found[2].error is None
+    requests = [Request.checked(target, prompts[1], 4, (), samplings[1])]
     decodings = Decodings(Pair(target, None, Chain(1)), requests)
-    with pytest.raises(FloatingPointError, match="no token can be chosen for position 2"):
-        list(decodings)
+    list(decodings)
     assert decodings.rows.num_used_pages == 0
+
+
+def test_an_end_within_a_run_comes_before_bad_logits_behind_it():
+    target = random_target(1, num_hidden_layers=4)
+    draft = random_draft(1, target)
+    plain = generate(target, [1, 2], 6, eos_token_ids=()).tokens
+
+    def spoil(ids, scores):
+        return scores.where(torch.tensor(len(ids[0]) < 2 + 4), torch.nan)
+
+    bad = SamplingParams(logits_processors=[spoil])
+    for helper in (draft, None):
+        ended = generate(target, [1, 2], 9, helper, 3, (plain[3],), sampling=bad)
+        assert ended.finish_reason == "eos"
+        assert ended.tokens == plain[: plain.index(plain[3]) + 1]
 
 
 def test_lists_must_fit_the_prompts():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from aerie.eagle3.generate import Decodings, generate
+from aerie.eagle3.generate import Decodings, Generation, generate
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sequences import Request as Asked
 from aerie.loading import Loaded
@@ -62,25 +62,24 @@ def run_batch(
                 plain_tokens=other and other.tokens,
                 plain_stats=other and other.stats,
                 seed=None if sampling.is_greedy else decoded.request.seed,
+                error=decoded.error,
             )
         )
     return outcomes
 
 
-def _plain(request: Request, loaded: Loaded, asked: list[Asked]):
-    """Without the draft, each prompt alone."""
-    return [
-        generate(
-            loaded.target,
-            one.prompt_ids,
-            request.max_new_tokens,
-            kv_cache_dtype=request.kv_cache_dtype,
-            sampling=one.sampling,
-            detokenize=loaded.tokenizer.decode,
-            images=one.images,
-        )
-        for one in asked
-    ]
+def _plain(request: Request, loaded: Loaded, asked: list[Asked]) -> list[Generation]:
+    """Without the draft, one at a time."""
+    return generate(
+        loaded.target,
+        [one.prompt_ids for one in asked],
+        request.max_new_tokens,
+        kv_cache_dtype=request.kv_cache_dtype,
+        sampling=[one.sampling for one in asked],
+        detokenize=loaded.tokenizer.decode,
+        images=[one.images for one in asked],
+        max_batch_size=1,
+    )
 
 
 def kv_cache_bytes(request: Request) -> int | None:

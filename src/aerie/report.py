@@ -16,6 +16,8 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     if outcome.identical is not None:
         result["identical"] = outcome.identical
     result["finish_reason"] = outcome.finish_reason
+    if outcome.error is not None:
+        result["error"] = outcome.error
     if outcome.seed is not None:
         result["seed"] = outcome.seed
     result["stats"] = stats_as_dict(outcome.stats)

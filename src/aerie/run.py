@@ -35,6 +35,7 @@ class Outcome:
     plain_stats: Stats | None
     seed: int | None = None  # of a sampled run
     distinct_experts: dict[int, float] | None = None  # a layer, by rows of a pass, if counted
+    error: str | None = None  # why the text ends, if `finish_reason` is "error"
 
     @property
     def identical(self) -> bool | None:

@@ -68,8 +68,11 @@ def _show_batch(outcomes: list[Outcome], as_json: bool) -> None:
     different = [outcome for outcome in outcomes if outcome.identical is False]
     for outcome in different:
         stderr.print(report.first_difference(outcome))
-    if different:
-        raise typer.Exit(1)
+    errors = [(i, outcome.error) for i, outcome in enumerate(outcomes, start=1) if outcome.error]
+    for number, error in errors:
+        stderr.print(f"prompt {number}: {error}", markup=False, soft_wrap=True)
+    if different or errors:
+        raise typer.Exit(1 if different else 2)
 
 
 def _tell_progress(ended: int, count: int) -> None:
