@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ from aerie.eagle3.interface import Target
 from aerie.eagle3.reading import AS_WRITTEN, Reading, log_decisions
 from aerie.eagle3.sharded_draft import check_draft_shard, draft_reader, merged, own_map
 from aerie.kernels.aux_projection import AuxProjection, JointNorm, TapNorm
-from aerie.kernels.backend import Backend, pick, resolve
+from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
 from aerie.kernels.embedding import Embedding
 from aerie.kernels.linear import Linear
@@ -94,7 +95,7 @@ class Eagle3Llama4ForCausalLM(Module):
         self.config = config
         self.parts = parts
         self.communicator, shard = communicator, shard_of(communicator)
-        self.backend = resolve(backend, device)
+        self.backend: ResolvedBackend = resolve(backend, device)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.fc = AuxProjection(
             config.target_hidden_size, config.num_taps, width, False, self.backend
@@ -126,7 +127,7 @@ class Eagle3Llama4ForCausalLM(Module):
             norms = [
                 RMSNorm(width, config.rms_norm_eps, self.backend) for _ in range(config.num_taps)
             ]
-            self.fc_norm = nn.ModuleList(norms)
+            self.fc_norm = cast("Sequence[RMSNorm]", nn.ModuleList(norms))
 
     @classmethod
     def from_pretrained(

@@ -17,6 +17,8 @@ class Module(nn.Module):
     Replace a submodule by assignment or `set_submodule`; writing into `_modules` goes unnoticed.
     """
 
+    _parameters: dict[str, Any]  # tensors, and None where a layer may have none
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         submodules = self.__dict__.get("_modules", {})

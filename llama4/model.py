@@ -7,6 +7,7 @@ behind it. `residual` after a layer's first norm is that layer's un-normed input
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,8 @@ class DecoderLayer(Module):
 class Llama4Model(Module):
     """Embedding, decoder layers, final norm."""
 
+    inv_freq: Tensor
+
     def __init__(
         self, config: Llama4Config, backend: ResolvedBackend, communicator: Communicator | None
     ) -> None:
@@ -103,9 +106,8 @@ class Llama4Model(Module):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = token_embedding(config.vocab_size, width, backend, communicator)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, backend, communicator) for layer in layers
-        )
+        blocks = (DecoderLayer(config, layer, backend, communicator) for layer in layers)
+        self.layers = cast("list[DecoderLayer]", nn.ModuleList(blocks))
         self.norm = residual_norm(width, eps, backend, communicator)
         with torch.device("cpu"):  # computed, not loaded: must exist even while building on meta
             inv_freq_J = inverse_frequencies(
@@ -144,7 +146,7 @@ class Llama4ForCausalLM(Module):
         self.communicator = communicator
         shard = shard_of(communicator)
         check_shard(config, shard)
-        self.backend = resolve(backend, device)
+        self.backend: ResolvedBackend = resolve(backend, device)
         self.model = Llama4Model(config, self.backend, communicator)
         vocabulary = shard.width(config.vocab_size)
         self.lm_head = Linear(config.hidden_size, vocabulary, False, self.backend)

@@ -118,7 +118,7 @@ def _vision(values: Mapping[str, Any]) -> Llama4VisionConfig:
             "rope_type": "default",
             "rope_theta": read_rope(values, default_theta=10000.0).theta,
         },
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  (taken by a base class)
     )
     _check(config, sizes)
     return config

@@ -65,7 +65,7 @@ class VisionTower(nn.Module):
         files are known to hold a tower of the size that the config claims."""
         with torch.device("meta"):
             tower = cls(config)
-        tower.vision_model.rotary_embedding = nn.Identity()
+        tower.vision_model.set_submodule("rotary_embedding", nn.Identity())
         return tower
 
     def compute_rotations(self, config: MultimodalConfig, device: torch.device | str) -> None:
