@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import TopKLogitsWarper
 
 from aerie.eagle3.communication_plan import round_traffic
@@ -285,6 +286,21 @@ def test_taps_are_the_same_bits_on_all_ranks(ranks, tmp_path):
     write_pair(tmp_path, 1)
     first, *others = ranks(taps, str(tmp_path / "target"))
     assert all(other == first for other in others)
+
+
+def taps_of_mesh(group, folder: str) -> list[bytes]:
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size(group)), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(
+        ValueError, match=r"a mesh must have one dimension, got 2; give mesh\['tp'\]"
+    ):
+        Llama4ForCausalLM.from_pretrained(folder, backend="eager", group=mesh)
+    return taps(mesh["tp"], folder)
+
+
+def test_a_mesh_is_its_group(two_ranks, tmp_path):
+    write_pair(tmp_path, 1)
+    folder = str(tmp_path / "target")
+    assert two_ranks(taps_of_mesh, folder) == two_ranks(taps, folder)
 
 
 def interpreted(group, folder: str) -> list[int]:
