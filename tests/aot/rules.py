@@ -60,7 +60,14 @@ AMD_FLOAT32 = "float32 is no served dtype: AMD's lanes read 8 bytes each of a st
 FLOAT32 = "float32 is no served dtype: rows normed on their way, multiplied without tensor cores"
 FEW_LOADS = "all keys and values are 128 bits wide; beside these few the positions and words count"
 AMD_ROWS = "64 rows of codes are read 8 bytes at a time on AMD, the weight 16"
+PROMPT = "prompts of 256 rows or more: two instructions on local memory, their cause not traced"
+SPREAD = "a row cut over GPUs in float32: two instructions on local memory, their cause not traced"
+AMD_FP8 = "e4m3 is emulated there; beside the pairs of a prompt 256 registers are too few"
 EXCEPTED = (
+    Excepted("_argmax_kernel", "spills", "sm_100", "fp32", SPREAD),
+    Excepted("_experts_down_kernel", "spills", "gfx942", "fp8", AMD_FP8),
+    Excepted("_tree_attention_kernel", "spills", "sm_90", "*16", PROMPT),
+    Excepted("_tree_attention_kernel", "spills", "sm_100", "fp8", PROMPT),
     Excepted("_experts_down_kernel", "spills", "sm_100", "fp32", FLOAT32),
     Excepted("_experts_*_kernel", "wide loads", "gfx942", "*", AMD_GATHER),
     Excepted("_tree_attention_kernel", "wide loads", "sm_*", "fp32", FEW_LOADS),
