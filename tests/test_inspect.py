@@ -79,7 +79,8 @@ def test_without_a_target_the_usual_depth_is_assumed_and_said():
     assert "48 layers assumed" in found["facts"]["target"]
     assert "inputs to layers 2, 24, 45" in found["decisions"]["taps"]["choice"]
     # 128 pages of 64: keys and values of 2 heads of 32 in 2 bytes, their numbers, a slot each
-    assert found["facts"]["KV cache"].startswith(f"{(8192 * (2 * 2 * 32 * 2 + 8) + 512) / 2**20:.2f} MiB")
+    num_bytes = 8192 * (2 * 2 * 32 * 2 + 8) + 512
+    assert found["facts"]["KV cache"].startswith(f"{num_bytes / 2**20:.2f} MiB")
     assert found["memory"] is None
 
 
