@@ -2,8 +2,10 @@
 weights scaled down, and what follows. `python -m bench.gpu --small` runs the command whole."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +53,8 @@ def test_benches_run_without_pytest_benchmark(tmp_path):
     saved = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p"]
     command += ["bench.plain_benchmark", "test_x.py", f"--benchmark-json={saved}"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    found = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=found)
     (entry,) = json.loads(saved.read_text())["benchmarks"]
     assert entry["name"] == "test_x"
     assert entry["stats"]["median"] > 0
