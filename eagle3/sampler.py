@@ -166,7 +166,6 @@ class Sampler:
     def _ruled(self, logits_TV: Tensor, rows: ChoiceRows, requests: list[_Request]) -> Tensor:
         count, parts = rows.tokens_BN.shape[1], logits_TV.split(rows.tokens_BN.shape[1])
         ruled, shape = list(parts), rows.shape
-        own = lambda values_N, b: values_N if values_N.ndim == 1 else values_N[b]  # noqa: E731
         for b, request in enumerate(requests):
             if not request.rules:
                 continue
@@ -175,8 +174,8 @@ class Sampler:
                 rows.lengths_B[b] + 1,
                 request.num_prompt,
                 rows.tokens_BN[b],
-                own(shape.parents_N, b),
-                own(shape.depths_N, b),
+                _of_sequence(shape.parents_N, b),
+                _of_sequence(shape.depths_N, b),
             )
             for rule in request.rules:
                 ruled[b] = rule(ruled[b], prefixes)
@@ -253,3 +252,8 @@ class _Columns:
         for name in self.__dataclass_fields__:
             column_B = getattr(self, name)
             column_B[target] = column_B[source]
+
+
+def _of_sequence(values_N: Tensor, sequence: int) -> Tensor:
+    """Sequence's row of [B, N]; [N] is the same for all of them."""
+    return values_N if values_N.ndim == 1 else values_N[sequence]
