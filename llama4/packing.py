@@ -5,6 +5,7 @@ reads it once. State dicts keep the names that Hugging Face gives the parts. `Pl
 stored tensor goes, so that a loader can write it there without ever joining anything.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -114,9 +115,10 @@ def stored_name(owner: str, leaves: Sequence[str], names: Collection[str]) -> st
     return next((name for name in choices if name in names), choices[0])
 
 
-class StoredInParts(Module):
+class StoredInParts(Module, ABC):
     """A module whose parameters are stored under other names, or in pieces."""
 
+    @abstractmethod
     def places(
         self, parameters: Mapping[str, Tensor], prefix: str, names: Collection[str]
     ) -> Iterator[tuple[str, Place]]:
@@ -125,7 +127,6 @@ class StoredInParts(Module):
         `parameters` are those of the whole model, this module's start with `prefix`; `names` are
         the tensors that the files hold, where there is more than one way to store a module.
         """
-        raise NotImplementedError
 
 
 class PackedModule(StoredInParts):

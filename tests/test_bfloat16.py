@@ -3,9 +3,9 @@
 A pass over five rows rounds differently from a pass over one. Both runs' logits are kept by prefix
 (a logits processor sees them), so the difference between the two passes is measured at every prefix
 that both have. Where the ids part, the two best logits must be closer than what was measured
-*elsewhere*; and in the median prefix that must be of the size of rounding (now and then it is not:
-an expert chosen by a hair can change). `python -m tests.test_bfloat16`
-prints the rates over all held-out prompts.
+*elsewhere*; and in the median prefix that must be of the size of rounding. Now and then a pass
+differs by far more; a router's near tie could do that, but the cause has not been traced.
+`python -m tests.test_bfloat16` prints the rates over all held-out prompts.
 """
 
 import json
