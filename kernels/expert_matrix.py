@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aerie.kernels.backend import widened
 from aerie.kernels.quantize import FP8, GROUP, Codes
+from aerie.kernels.target import lacks_fp8
 
 NEEDS_SCALE = "; raw codes have no scale of their own, pass the checkpoint's weight_scale"
 
@@ -88,7 +89,7 @@ def check_matrix(
     _check_device(f"{name}.weight", weight, like)
     _check_scale(name, matrix, like)
     _check_input_scale(name, matrix, like)
-    if matrix.is_fp8 and weight.is_cuda:
+    if matrix.is_fp8:
         _check_capability(name, weight)
 
 
@@ -135,10 +136,8 @@ def _check_input_scale(name: str, matrix: ExpertMatrix, like: Tensor) -> None:
 
 
 def _check_capability(name: str, weight: Tensor) -> None:
-    if torch.version.hip is not None:
-        return
-    capability = torch.cuda.get_device_capability(weight.device)
-    if capability < (8, 9):
+    capability = lacks_fp8(weight)
+    if capability is not None:
         raise ValueError(
             f"{name}.weight: FP8 needs CUDA capability 8.9 or later, got {capability}; "
             "load the checkpoint with bfloat16 experts"

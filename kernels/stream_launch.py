@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aerie.kernels.arrivals import arrival_counters
 from aerie.kernels.backend import DTYPES
-from aerie.kernels.target import Target
+from aerie.kernels.target import Target, lacks_fp8
 
 FP8 = torch.float8_e4m3fn
 SCALE_BLOCK = 128  # rows and columns of a weight that share one scale, in the block format
@@ -210,10 +210,9 @@ def check_weight(
         )
     if scale is not None:
         _check_scale(scale_name, scale, weight, segments)
-    if weight.dtype == FP8 and weight.is_cuda and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(weight.device)
-        if capability < (8, 9):
-            raise ValueError(f"{name}: FP8 needs CUDA capability 8.9 or later, got {capability}")
+    capability = lacks_fp8(weight) if weight.dtype == FP8 else None
+    if capability is not None:
+        raise ValueError(f"{name}: FP8 needs CUDA capability 8.9 or later, got {capability}")
 
 
 def _check_scale(name: str, scale: Tensor, weight: Tensor, segments: int) -> None:

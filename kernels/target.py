@@ -29,11 +29,20 @@ class Target:
 
 AMPERE, HOPPER, BLACKWELL, MI300 = map(Target, ("mma", "wgmma", "tcgen05", "mfma"))
 BY_MAJOR = {9: HOPPER, 10: BLACKWELL, 11: BLACKWELL}  # CUDA's capability; the others have "mma"
+FIRST_WITH_FP8 = (8, 9)  # Ada
 
 
 def target_of(x: Tensor) -> Target:
     """The target of the device of `x`. The interpreter, which has no registers, is a Hopper GPU."""
     return _target(x.device) if x.is_cuda else HOPPER
+
+
+def lacks_fp8(x: Tensor) -> tuple[int, int] | None:
+    """CUDA's capability of the device of `x`, where it is too old to multiply FP8; else None."""
+    if not x.is_cuda or target_of(x) is MI300:
+        return None
+    capability = torch.cuda.get_device_capability(x.device)
+    return capability if capability < FIRST_WITH_FP8 else None
 
 
 @cache

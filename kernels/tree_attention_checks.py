@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from aerie.kernels.stream_launch import DTYPES, FP8
+from aerie.kernels.target import lacks_fp8
 from aerie.kernels.tree_rows import MAX_TREE_ROWS, TreeRows
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128  # of the Triton kernel
@@ -52,12 +53,9 @@ def check_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) 
                 f"{name}: must be a contiguous float32 [{kv_heads}] or [1] on {cache.device}, "
                 f"got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
             )
-    if is_fp8 and cache.is_cuda and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(cache.device)
-        if capability < (8, 9):
-            raise ValueError(
-                f"k_cache_RCGK: FP8 needs CUDA capability 8.9 or later, got {capability}"
-            )
+    capability = lacks_fp8(cache) if is_fp8 else None
+    if capability is not None:
+        raise ValueError(f"k_cache_RCGK: FP8 needs CUDA capability 8.9 or later, got {capability}")
 
 
 def check_values(

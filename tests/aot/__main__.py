@@ -7,8 +7,7 @@
     python -m tests.aot TARGET HOW [OP]    JSON objects; what the four above are made of
 
 The test suite compiles what changed and a sixteenth of the rest, another one every day. A process
-compiles for one target, as Triton's interpreter must be off in it and the launch rules ask PyTorch
-whether this is an AMD machine.
+compiles for one target, as Triton's interpreter must be off in it.
 """
 
 import json
@@ -16,22 +15,17 @@ import sys
 from dataclasses import asdict
 from datetime import date
 
-import torch
-
+from tests.aot.calls import BETWEEN, CALLS, SIZES, kinds
+from tests.aot.launches import variants
+from tests.aot.machine_code import facts_of
 from tests.aot.proof import proven
 from tests.aot.record import Record, differences, is_due
+from tests.aot.rules import CHOSEN_FOR, TARGETS
 from tests.aot.table import TABLE, described, rendered
 
 
 def print_rows(target: str, how: str, only: str) -> None:
     """A JSON object per variant; `how` is "all", or "due": what changed and the sample of today."""
-    if target.startswith("gfx"):
-        torch.version.hip = "ahead of time"  # before the launch rules are imported
-    from tests.aot.calls import BETWEEN, CALLS, SIZES, kinds
-    from tests.aot.launches import variants
-    from tests.aot.machine_code import facts_of
-    from tests.aot.rules import CHOSEN_FOR, TARGETS
-
     record, today = Record.read(), date.today().toordinal()
     recorded = record.facts.get(target, {}) if record.is_current else {}
     found = variants(CALLS, kinds(target), SIZES, BETWEEN, CHOSEN_FOR[target], only)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aerie.kernels import target
-from aerie.kernels.target import AMPERE, BLACKWELL, HOPPER, MI300, target_of
+from aerie.kernels.target import AMPERE, BLACKWELL, HOPPER, MI300, lacks_fp8, target_of
 
 
 class OnGpu:
@@ -28,6 +28,20 @@ def test_target_of_a_device(capability, expected, hip, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
     target._target.cache_clear()
     assert target_of(OnGpu()) is (MI300 if hip else expected)
+    target._target.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((8, 0), None, (8, 0)), ((8, 6), None, (8, 6)), ((8, 9), None, None), ((9, 4), "7.0", None)],
+)
+def test_which_device_lacks_fp8(capability, hip, expected, monkeypatch):
+    """AMD counts its capabilities otherwise; a CPU, which interprets, has every type."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    target._target.cache_clear()
+    assert lacks_fp8(OnGpu()) == expected
+    assert lacks_fp8(torch.zeros(1)) is None
     target._target.cache_clear()
 
 
