@@ -62,6 +62,14 @@ class Batch:
         )
         self.width = 0  # columns of `next_ids_BP` and `taps_BPD` that the last pass may have filled
 
+    @property
+    def columns(self) -> list[Tensor]:
+        """All of them."""
+        return [
+            self.lengths_B, self.starts_B, self.counts_B, self.roots_B, self.is_running_B,
+            self.next_ids_BP, self.ids_BS, *self.taps_BPD,
+        ]  # fmt: skip
+
     def committed(self, sequences: int) -> Committed:
         """Of the first `sequences` rows."""
         width = self.width
@@ -115,10 +123,7 @@ class Batch:
 
     def move(self, source: int, target: int) -> None:
         """Sequence `source` becomes row `target`; row `source` is idle."""
-        for column in (
-            self.lengths_B, self.starts_B, self.counts_B, self.roots_B, self.is_running_B,
-            self.next_ids_BP, self.ids_BS, *self.taps_BPD,
-        ):  # fmt: skip
+        for column in self.columns:
             column[target] = column[source]
         self.leave(source)
 

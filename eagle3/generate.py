@@ -151,12 +151,15 @@ class Decoding(SingleStream):
         sampling: SamplingParams | None = None,
         detokenize: Detokenize | None = None,
         images: ImageFeatures | None = None,
+        kv_cache_bytes: int | None = None,
+        cuda_graph_bytes: int = 0,
     ) -> None:
         """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain.
 
         `policy` None is a chain of `num_speculative_tokens`. `kv_cache_dtype` is that of the
         target's cache and of the draft's. `sampling` None is greedy. The token limit is
         `max_new_tokens` or `sampling.max_tokens`. `images` stand at placeholders of the prompt.
+        Of memory see `Decodings`.
         """
         target = target.get_language_model()
         request = Request.checked(
@@ -164,7 +167,8 @@ class Decoding(SingleStream):
         )
         policy = Chain(num_speculative_tokens) if policy is None else policy
         pair = Pair(target, draft, policy, drafter)
-        self.decodings = Decodings(pair, [request], 1, kv_cache_dtype)
+        memory = kv_cache_bytes, cuda_graph_bytes
+        self.decodings = Decodings(pair, [request], 1, kv_cache_dtype, *memory)
         super().__init__(self.decodings)
 
 

@@ -10,13 +10,18 @@ from functools import lru_cache
 
 import torch
 
-from aerie.eagle3.binding import check_fits, tap_layers
+from aerie.eagle3.batch import Batch
+from aerie.eagle3.binding import Shared, check_fits, tap_layers
 from aerie.eagle3.checkpoint import OwnParts
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.engine import PREFILL_ROWS
+from aerie.eagle3.policies import Policy
+from aerie.eagle3.round_memory import GRAPH_MARGIN, round_bytes
+from aerie.eagle3.rows import slack
 from aerie.eagle3.sharded_draft import check_draft_shard
 from aerie.kernels.backend import ResolvedBackend
+from aerie.llama4.checkpoint import assign, planned_tensors
 from aerie.llama4.communicator import LoneRank, shard_of
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.memory_plan import KVBytes, activation_bytes, kv_bytes, weight_bytes
@@ -32,8 +37,9 @@ CONTEXT = 8192
 class MemoryPlan:
     """Bytes of one run: `context` tokens, prompt included, of each of `batch` sequences.
 
-    `activations` are the most that one pass of the target keeps between its operations, on Triton's
-    backend (0 on the eager one: not planned).
+    `columns` are what the loop knows of every sequence. `activations` are the most that one pass of
+    the target keeps between its operations, on Triton's backend (0 on the eager one: not planned),
+    and `cuda_graphs` what captured rounds may take (0 where none are to be captured).
     """
 
     context: int
@@ -42,7 +48,14 @@ class MemoryPlan:
     draft_weights: Mapping[str, int]
     kv: KVBytes
     draft_kv: KVBytes
+    columns: int
     activations: int
+    cuda_graphs: int
+
+    @property
+    def keys_and_values(self) -> int:
+        """Without the tables that say where they lie."""
+        return sum(kv.full + kv.chunked for kv in (self.kv, self.draft_kv))
 
     @property
     def weights(self) -> int:
@@ -50,7 +63,8 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv.total + self.draft_kv.total + self.activations
+        caches = self.kv.total + self.draft_kv.total
+        return self.weights + caches + self.columns + self.activations + self.cuda_graphs
 
 
 @dataclass(frozen=True)
@@ -63,18 +77,26 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class Run:
-    """How a pair is going to run. `num_drafted` rows at most stand uncommitted (`Policy`).
+    """How a pair is going to run; without a draft there is no `policy`.
 
-    Of a target that is cut, this is the rank with the draft; `draft_size` is 1 or the target's.
+    `lag` rounds run ahead of the host (`rows.lag_on`). Of a target that is cut, this is the rank
+    with the draft; `draft_size` is 1 or the target's.
     """
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
     quantization: Quantization | None = None
-    num_drafted: int = 0
+    policy: Policy | None = None
     backend: ResolvedBackend = "triton"
     shard: Shard = WHOLE
     draft_size: int = 1
+    lag: int = 0
+    has_graphs: bool = False
+
+    @property
+    def num_drafted(self) -> int:
+        """Rows behind a root at most."""
+        return 0 if self.policy is None else self.policy.num_rows
 
     @property
     def communicator(self) -> LoneRank | None:
@@ -121,7 +143,9 @@ class MemoryPlanner:
             self.draft_weights,
             kv,
             draft_kv,
+            self._columns(context, batch),
             self._activations(batch),
+            self._cuda_graphs(batch),
         )
 
     @property
@@ -140,6 +164,14 @@ class MemoryPlanner:
         each = one.kv.total + one.draft_kv.total
         most = max(0, memory - one.weights) // each
         return _largest(most, lambda batch: self.plan(context, batch).total <= memory)
+
+    def kv_cache_bytes(self, plan: MemoryPlan, memory: int, origin: str) -> int:
+        """What `memory` leaves for keys and values beside all else of the plan: sequences wait
+        where that is less than the plan's batch needs. Raises ValueError where not one fits."""
+        left = memory - (plan.total - plan.keys_and_values)
+        if left < self.plan(plan.context).keys_and_values:
+            self.check(plan, memory, origin)
+        return left
 
     def check(self, plan: MemoryPlan, memory: int, origin: str) -> None:
         """Raises ValueError, which names what would fit, if the plan does not fit into `memory`."""
@@ -167,13 +199,29 @@ class MemoryPlanner:
             self.target, self.run.backend, device, self.run.quantization, self.run.communicator
         )
 
+    def empty_pair(self) -> tuple[Llama4ForCausalLM, Eagle3Llama4ForCausalLM | None]:
+        """Target and draft without values, in the types that the loader would give them."""
+        target, draft = self.empty_target(), None
+        assign(target, planned_tensors(target, self.run.dtype), "meta")
+        if self.draft is not None:
+            draft = self._empty_draft(self.draft, self.run.backend)
+            assign(draft, planned_tensors(draft, self.run.dtype), "meta")
+            draft.to("meta")
+            own = self.draft.parts.embedding
+            draft.bind(target, Shared(None if own else target.model.embed_tokens, target.lm_head))
+        return target, draft
+
+    def _empty_draft(self, plan: DraftPlan, backend: ResolvedBackend) -> Eagle3Llama4ForCausalLM:
+        device, communicator = "cuda" if backend == "triton" else "cpu", self.run.draft_communicator
+        with torch.device("meta"):
+            return Eagle3Llama4ForCausalLM(plan.config, backend, device, plan.parts, communicator)
+
     def _draft_weights(self, plan: DraftPlan) -> dict[str, int]:
         config, parts = plan.config, plan.parts
         check_fits(config, parts, self.target)
         communicator = self.run.draft_communicator
         check_draft_shard(config, parts, shard_of(communicator))
-        with torch.device("meta"):
-            draft = Eagle3Llama4ForCausalLM(config, "eager", "cpu", parts, communicator)
+        draft = self._empty_draft(plan, "eager")
         tap_layers(config, self.empty_target())  # refuses what does not fit
         sizes = weight_bytes(draft, self.run.dtype)
         if not parts.head and config.draft_vocab_size < config.vocab_size:  # cut from the target's
@@ -186,8 +234,9 @@ class MemoryPlanner:
         return sizes
 
     def _caches(self, context: int, batch: int) -> tuple[KVBytes, KVBytes]:
-        """As `Decoding` allocates them: with room for the rows of the last step."""
-        slots = context + self.run.num_drafted + 1
+        """As `Decoding` allocates them: with room for the rows of the last step, and of those that
+        the host learns too late not to have needed."""
+        slots = self._slots(context)
         run, layers = self.run, range(self.target.num_hidden_layers)
         specs = [local_attention(self.target.attention(i), run.shard) for i in layers]
         draft_shard = shard_of(run.draft_communicator)
@@ -196,6 +245,19 @@ class MemoryPlanner:
             own = [local_attention(self.draft.config.attention, draft_shard)]
         kv_dtype = self.run.kv_dtype
         return kv_bytes(specs, slots, batch, kv_dtype), kv_bytes(own, slots, batch, kv_dtype)
+
+    def _slots(self, context: int) -> int:
+        return context + slack(self.run.policy, self.run.lag)
+
+    def _columns(self, context: int, batch: int) -> int:
+        depth = 0 if self.run.policy is None else self.run.policy.depth
+        num_taps = 0 if self.draft is None else self.draft.config.num_taps
+        slots, width, meta = self._slots(context), self.target.hidden_size, torch.device("meta")
+        columns = Batch(batch, slots, depth + 1, num_taps, width, self.run.dtype, meta).columns
+        return sum(column.nbytes for column in columns)
+
+    def _cuda_graphs(self, batch: int) -> int:
+        return GRAPH_MARGIN * _round_bytes(self, batch) if self.run.has_graphs else 0
 
     def _activations(self, batch: int) -> int:
         """The larger of a prompt's longest pass and of verifying all sequences at once."""
@@ -212,6 +274,11 @@ def activations(planner: MemoryPlanner, num_rows: int, all_logits: bool) -> int:
     if planner.draft is not None:
         model.set_aux_hidden_state_layers(tap_layers(planner.draft.config, model))
     return activation_bytes(model, planner.run.dtype, num_rows, all_logits)
+
+
+@lru_cache(maxsize=256)
+def _round_bytes(planner: MemoryPlanner, batch: int) -> int:
+    return round_bytes(*planner.empty_pair(), planner.run.policy, batch)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

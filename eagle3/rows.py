@@ -53,8 +53,7 @@ class Pair:
 
     @property
     def lag(self) -> int:
-        """Rounds that run before the host knows what an earlier one did."""
-        return 1 if self.device.type == "cuda" else 0
+        return lag_on(self.device)
 
     @property
     def depth(self) -> int:
@@ -62,13 +61,22 @@ class Pair:
 
     @property
     def slack(self) -> int:
-        """Slots behind the last token: rows of a round, and of rounds that were not needed."""
-        num_rows = self.policy.num_rows if self._drafts else 0
-        return num_rows + 1 + self.lag * (self.depth + 1)
+        return slack(self.policy if self._drafts else None, self.lag)
 
     @property
     def _drafts(self) -> bool:
         return self.draft is not None or self.drafter is not None
+
+
+def lag_on(device: torch.device) -> int:
+    """Rounds that run before the host knows what an earlier one did."""
+    return 1 if device.type == "cuda" else 0
+
+
+def slack(policy: Policy | None, lag: int) -> int:
+    """Slots behind the last token: rows of a round, and of rounds that were not needed."""
+    num_rows, depth = (0, 0) if policy is None else (policy.num_rows, policy.depth)
+    return num_rows + 1 + lag * (depth + 1)
 
 
 class Rows:

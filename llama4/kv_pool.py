@@ -49,6 +49,11 @@ class KVPool:
         self._oldest = [0] * num_sequences  # of a ring: slots below are overwritten
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the pool has allocated."""
+        return self.k_LRCGK, self.v_LRCGK, self.page_table_BM, self.slots_BS
+
+    @property
     def num_free_pages(self) -> int:
         return len(self._free)
 

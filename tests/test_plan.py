@@ -4,18 +4,20 @@ The numbers themselves are tested against real allocations in tests/eagle3/test_
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from aerie import loading
+from aerie import batch_run, loading
 from aerie.cli import app
 from aerie.eagle3.registry import load_draft
 from aerie.embedded import DRAFT, TARGET
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.sharding import Shard
 from aerie.plan import make_planner
+from aerie.request import check_can_capture
 from tests.eagle3.test_memory_plan import MAVERICK, SCOUT, bytes_of
 from tests.llama4.test_sharding import load_rank
 
@@ -45,7 +47,12 @@ def test_the_embedded_pair():
     assert (found["context"], found["batch"], found["memory"]) == (1024, 1, None)
     weights = sum(found["target_weights"].values()) + sum(found["draft_weights"].values())
     caches = found["kv_full"] + found["kv_chunked"] + found["kv_draft"] + found["page_tables"]
-    assert found["total"] == weights + caches + found["activations"]
+    assert found["total"] == weights + caches + found["columns"] + found["activations"]
+    assert found["cuda_graphs"] == 0
+    graphed = json.loads(aerie("plan", "--json", "--dtype", "float32", "--cuda-graphs").stdout)
+    assert graphed["total"] == found["total"] + graphed["cuda_graphs"]
+    assert graphed["cuda_graphs"] > 2 * 5 * 1024 * 4  # a row of logits for every row of a round
+    assert "at most" in aerie("plan", "--cuda-graphs").stdout
 
 
 def test_scout_from_its_config_alone(config_only):
@@ -119,6 +126,81 @@ def test_free_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
     assert loading.free_memory(torch.device("cuda:1")) == 7
     assert loading.free_memory(torch.device("cpu")) is None
+
+
+def test_a_share_of_the_memory_bounds_caches_and_lets_prompts_wait(monkeypatch, tmp_path):
+    """On a host that would hold the weights and two of three texts."""
+    (tmp_path / "prompts").write_text("The with statement\nA class\nimport os")
+    asked = ("--max-new-tokens", 3, "--json", "--prompt-file", tmp_path / "prompts", "--lines")
+    seen, decodings = [], batch_run.Decodings
+    monkeypatch.setattr(
+        batch_run, "Decodings", lambda *given: seen.append(decodings(*given)) or seen[-1]
+    )
+    free = aerie("generate", *asked)
+    page = sum(
+        2 * pool.k_LRCGK[:, :1].nbytes for cache in seen[0].rows.caches for pool in cache.pools
+    )
+    plan = make_planner(TARGET, DRAFT, dtype=torch.float32, backend="eager").plan(9, 3)
+    rest = plan.total - plan.keys_and_values
+    monkeypatch.setattr(loading, "total_memory", lambda device: 2 * (rest + 2 * page + 100))
+    bounded = aerie("generate", *asked, "--memory-fraction", 0.5)
+    assert bounded.exit_code == 0, bounded.stderr
+    assert seen[0].rows.cache.pools[0].num_pages == 3
+    assert seen[1].rows.cache.pools[0].num_pages == 2
+    texts = [[one["token_ids"] for one in json.loads(run.stdout)] for run in (free, bounded)]
+    assert texts[0] == texts[1]
+
+
+def test_a_share_that_holds_not_one_text_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(loading, "load_target", None)
+    monkeypatch.setattr(loading, "total_memory", lambda device: 24 * 2**20)
+    refused = aerie(*GENERATE, "--memory-fraction", 0.5)
+    assert refused.exit_code == 2
+    assert "--memory-fraction 0.5 of 0.02 GiB is 0.01 GiB" in " ".join(refused.stderr.split())
+    assert refused.stdout == ""
+
+
+def test_what_a_gpu_has_left_bounds_a_share_too(monkeypatch):
+    monkeypatch.setattr(loading, "total_memory", lambda device: 2**40)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 10 * 2**20)
+    refused = aerie(*GENERATE, "--memory-fraction", 0.5)
+    assert refused.exit_code == 2
+    assert "what cpu has left is 0.01 GiB" in refused.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_total_memory(device, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=5)
+    )
+    total = loading.total_memory(torch.device(device))
+    assert total == 5 if device == "cuda:1" else total > 2**28
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--memory-fraction", 0), "--memory-fraction: must be in (0, 1], got 0.0"),
+        (("--memory-fraction", 1.1), "--memory-fraction: must be in (0, 1], got 1.1"),
+        (("--memory-fraction", "nan"), "--memory-fraction: must be in (0, 1], got nan"),
+        (("--cuda-graphs",), "--cuda-graphs: needs a GPU, the device is cpu; leave the option out"),
+    ],
+    ids=str,
+)
+def test_generate_refuses_budgets(options, message):
+    refused = aerie(*GENERATE, "--device", "cpu", *options)
+    assert refused.exit_code == 2
+    assert message in " ".join(refused.stderr.split())
+    assert refused.stdout == ""
+
+
+def test_graphs_of_a_plan_are_of_one_rank_on_triton():
+    refused = aerie("plan", "--cuda-graphs", "--tensor-parallel-size", 2)
+    assert refused.exit_code == 2
+    assert "--cuda-graphs: a round of several ranks" in " ".join(refused.stderr.split())
+    with pytest.raises(ValueError, match="--cuda-graphs: needs Triton's backend, got 'eager'"):
+        check_can_capture(torch.device("cuda"), "eager", 1)
+    check_can_capture(torch.device("cuda"), "auto", 1)
 
 
 @pytest.mark.parametrize("has_tensors", [True, False])

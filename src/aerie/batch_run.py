@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
 from aerie.eagle3.generate import Decodings, Generation, generate
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sequences import Request as Asked
@@ -18,8 +16,7 @@ def run_batch(
 ) -> list[Outcome]:
     """Outcomes in the order of the prompts; `on_end` is told how many of how many have ended.
 
-    Prompt i is sampled with the seed + i. Raises ValueError, before the first token, where the
-    memory does not hold one of the prompts.
+    Prompt i is sampled with the seed + i.
     """
     target, tokenizer = loaded.target.get_language_model(), loaded.tokenizer
     sampling = with_bad_words(request, tokenizer)
@@ -40,7 +37,8 @@ def run_batch(
         asked,
         request.max_batch_size,
         request.kv_cache_dtype,
-        kv_cache_bytes(request),
+        loaded.budget.kv_cache_bytes,
+        loaded.budget.cuda_graph_bytes,
     )
     num_ended = 0
     for number, _ in decodings:
@@ -80,16 +78,3 @@ def _plain(request: Request, loaded: Loaded, asked: list[Asked]) -> list[Generat
         images=[one.images for one in asked],
         max_batch_size=1,
     )
-
-
-def kv_cache_bytes(request: Request) -> int | None:
-    """What `--memory-fraction` of the GPU leaves for keys and values beside the weights."""
-    fraction, device = request.memory_fraction, request.device
-    if fraction is None:
-        return None
-    if device.type != "cuda":
-        raise ValueError(f"--memory-fraction: is of a GPU's memory, the device is {device}")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"--memory-fraction: must be in (0, 1], got {fraction}")
-    total = torch.cuda.get_device_properties(device).total_memory
-    return max(0, int(fraction * total) - torch.cuda.memory_allocated(device))

@@ -9,8 +9,11 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch.distributed import ProcessGroup
 
+from aerie.eagle3.budget import Budget
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.memory_plan import GIB
 from aerie.eagle3.parallel_draft import RemoteDraft, load_parallel_draft
+from aerie.eagle3.rows import lag_on
 from aerie.images import read_image
 from aerie.kernels.backend import Backend, resolve
 from aerie.llama4.checkpoint import Progress
@@ -20,7 +23,7 @@ from aerie.llama4.json_fields import read_json
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.llama4.quantization import Quantize
 from aerie.llama4.sharding import Shard
-from aerie.plan import as_text, free_memory, make_planner
+from aerie.plan import as_text, free_memory, make_planner, total_memory
 from aerie.progress import loading
 from aerie.prompting import Prompt, prepare
 from aerie.ranks import rank
@@ -46,6 +49,7 @@ class Loaded:
     tokenizer: Tokenizer
     prompt: Prompt
     prompts: tuple[Prompt, ...] = ()
+    budget: Budget = Budget()
 
 
 def load(request: Request, console: Console, group: ProcessGroup | None = None) -> Loaded:
@@ -69,7 +73,7 @@ def load(request: Request, console: Console, group: ProcessGroup | None = None) 
         for asked, pictures in zip(request.prompts, batch_images, strict=True)
     )
     longest = max(len(one.ids) for one in (prompt, *prompts))
-    _plan(request, folder, drafts, longest, console)
+    budget = _plan(request, folder, drafts, longest, console)
     if group is not None and has_images:
         raise ValueError("images: a target that is cut over ranks reads none; use one process")
     with loading("target", console) as progress:
@@ -86,7 +90,7 @@ def load(request: Request, console: Console, group: ProcessGroup | None = None) 
             expert_parallel=request.expert_parallel,
         )
     if drafts is None:
-        return Loaded(target, None, tokenizer, prompt, prompts)
+        return Loaded(target, None, tokenizer, prompt, prompts, budget)
     with loading("draft", console) as progress:
         draft = load_parallel_draft(
             drafts,
@@ -97,13 +101,14 @@ def load(request: Request, console: Console, group: ProcessGroup | None = None) 
         )
     if has_images and isinstance(draft, Eagle3Llama4ForCausalLM):
         console.print(DRAFT_SEES[draft.config.draft_multimodal], markup=False, soft_wrap=True)
-    return Loaded(target, draft, tokenizer, prompt, prompts)
+    return Loaded(target, draft, tokenizer, prompt, prompts, budget)
 
 
 def _plan(
     request: Request, folder: Path, draft: Path | None, num_prompt_ids: int, console: Console
-) -> None:
-    """Raises ValueError where what is asked cannot fit into the memory that a GPU has left."""
+) -> Budget:
+    """Raises ValueError where what is asked cannot fit into `--memory-fraction` of the device, or
+    into what a GPU has left."""
     planner = make_planner(
         folder,
         draft,
@@ -115,14 +120,27 @@ def _plan(
         backend=resolve(request.backend, request.device),
         shard=Shard(rank(), request.tensor_parallel_size, request.expert_parallel),
         with_vision=bool(request.images) or any(asked.images for asked in request.prompts),
+        lag=lag_on(request.device),
+        cuda_graphs=request.cuda_graphs,
     )
     wanted = num_prompt_ids + request.max_new_tokens
     batch = max(1, min(request.max_batch_size, len(request.prompts)))
     found = planner.plan(max(1, min(wanted, planner.target.max_position_embeddings)), batch)
     console.print(f"memory: {as_text(found)}", markup=False, soft_wrap=True)
-    memory = free_memory(request.device)
-    if memory is not None:
-        planner.check(found, memory, f"what {request.device} has left")
+    limits, kv_cache_bytes = [], None
+    if request.memory_fraction is not None:
+        total = total_memory(request.device)
+        origin = f"--memory-fraction {request.memory_fraction} of {total / GIB:.2f} GiB"
+        limits.append((int(request.memory_fraction * total), origin))
+    free = free_memory(request.device)
+    if free is not None:
+        limits.append((free, f"what {request.device} has left"))
+    if request.memory_fraction is None:  # all of the batch at a time, or nothing
+        for memory, origin in limits:
+            planner.check(found, memory, origin)
+    else:
+        kv_cache_bytes = min(planner.kv_cache_bytes(found, *limit) for limit in limits)
+    return Budget(kv_cache_bytes, found.cuda_graphs)
 
 
 def load_target(

@@ -1,5 +1,6 @@
 """`aerie plan`: the memory of a pair from its folders, and how it is shown."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ def make_planner(
     backend: ResolvedBackend = "triton",
     with_vision: bool = True,
     shard: Shard = WHOLE,
+    lag: int = 0,
+    cuda_graphs: bool = False,
 ) -> MemoryPlanner:
     """From the folders' configs; of tensors only headers are read, if the folders have some.
 
     With a `shard` the plan is that rank's, whose draft is here on rank 0 or where it is cut too.
+    `lag` rounds run ahead of the host, and with `cuda_graphs` they are captured.
 
     A multimodal target counts `with_vision` or, for prompts without images, without. Raises
     CheckpointError for what could not be loaded so either.
@@ -51,9 +55,18 @@ def make_planner(
     drafted = None
     if draft is not None and (draft_size > 1 or shard.rank == 0):
         drafted = _draft_plan(draft, config, speculation)
-    num_drafted = 0 if draft is None else speculation.policy.num_rows
-    kv_dtype = cache_dtype(kv_cache_dtype, dtype)
-    run = Run(dtype, kv_dtype, quantization, num_drafted, backend, shard, draft_size)
+    policy = None if draft is None else speculation.policy
+    run = Run(
+        dtype,
+        cache_dtype(kv_cache_dtype, dtype),
+        quantization,
+        policy,
+        backend,
+        shard,
+        draft_size,
+        lag,
+        cuda_graphs,
+    )
     vision = _vision_bytes(target, dtype) if with_vision and shard.size == 1 else 0
     return MemoryPlanner(config, drafted, run, vision)
 
@@ -91,6 +104,13 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that a GPU has, or for a CPU the host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def as_rows(plan: MemoryPlan) -> dict[str, str]:
     """Two columns for the terminal."""
     rows = {"plan for": f"{plan.context} tokens x {plan.batch}"}
@@ -102,8 +122,10 @@ def as_rows(plan: MemoryPlan) -> dict[str, str]:
     if plan.draft_weights:
         rows["KV cache, draft"] = size(plan.draft_kv.total)
     rows["page tables"] = size(plan.kv.tables)
+    rows["columns of the batch"] = size(plan.columns)
     rows["activations"] = f"{size(plan.activations)}, scratch of kernels not counted"
-    rows["CUDA graphs"] = "none are captured"
+    captured = f"at most {size(plan.cuda_graphs)}" if plan.cuda_graphs else "none"
+    rows["CUDA graphs"] = captured
     rows["total"] = size(plan.total)
     return rows
 
@@ -122,6 +144,7 @@ def as_text(plan: MemoryPlan) -> str:
         "KV chunked": plan.kv.chunked,
         "KV draft": plan.draft_kv.total,
         "activations": plan.activations,
+        "CUDA graphs": plan.cuda_graphs,
     }
     shown = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
     return f"{size(plan.total)} for {plan.context} tokens x {plan.batch} ({shown})"
@@ -138,7 +161,9 @@ def as_dict(plan: MemoryPlan) -> dict[str, Any]:
         "kv_chunked": plan.kv.chunked,
         "kv_draft": plan.draft_kv.total,
         "page_tables": plan.kv.tables,
+        "columns": plan.columns,
         "activations": plan.activations,
+        "cuda_graphs": plan.cuda_graphs,
         "total": plan.total,
     }
 

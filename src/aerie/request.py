@@ -8,7 +8,7 @@ import torch
 from aerie.eagle3.generate import MAX_BATCH_SIZE
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
-from aerie.kernels.backend import Backend
+from aerie.kernels.backend import Backend, resolve
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.quantization import Quantize
 from aerie.prompting import Asked
@@ -41,8 +41,23 @@ class Request:
     prompts: tuple[Asked, ...] = ()  # of a batch; `prompt` is the first
     max_batch_size: int = MAX_BATCH_SIZE
     memory_fraction: float | None = None
+    cuda_graphs: bool = False
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
+
+
+def check_can_capture(device: torch.device, backend: Backend, tensor_parallel_size: int) -> None:
+    """Raises ValueError where rounds cannot be captured as CUDA graphs."""
+    advice = "leave the option out"
+    if device.type != "cuda":
+        raise ValueError(f"--cuda-graphs: needs a GPU, the device is {device}; {advice}")
+    if resolve(backend, device) != "triton":
+        raise ValueError(f"--cuda-graphs: needs Triton's backend, got {backend!r}; {advice}")
+    if tensor_parallel_size > 1:
+        raise ValueError(
+            "--cuda-graphs: a round of several ranks is not captured, got --tensor-parallel-size "
+            f"{tensor_parallel_size}; {advice}"
+        )
 
 
 def device_named(name: str) -> torch.device:

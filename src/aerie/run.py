@@ -60,6 +60,8 @@ def run(
         sampling=sampling,
         detokenize=loaded.tokenizer.decode,
         images=images,
+        kv_cache_bytes=loaded.budget.kv_cache_bytes,
+        cuda_graph_bytes=loaded.budget.cuda_graph_bytes,
     )
     stream, bursts = TextStream(loaded.tokenizer, sampling.stop_strings), iter(decoding)
     with reading_prompt(len(loaded.prompt.ids), console) as decoding.decoded.on_prefill:

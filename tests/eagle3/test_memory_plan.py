@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aerie.eagle3 import rows
 from aerie.eagle3.checkpoint import OwnParts
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.generate import Decoding
@@ -13,6 +14,7 @@ from aerie.eagle3.memory_plan import GIB, DraftPlan, MemoryPlanner, Run, activat
 from aerie.eagle3.policies import Chain, DynamicTree, Policy
 from aerie.eagle3.reading import Reading
 from aerie.eagle3.registry import load_draft
+from aerie.eagle3.round_memory import GRAPH_MARGIN, round_bytes
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.config import Llama4Config
@@ -169,7 +171,9 @@ def test_caches(context, kv_cache_dtype, batch):
     values = TARGET | {"max_position_embeddings": 8192}
     config = Llama4Config.from_hf(values)
     kv_dtype = FP8 if kv_cache_dtype == "fp8" else torch.float32
-    planned = planner(values, replace(EAGER, kv_dtype=kv_dtype, num_drafted=4)).plan(context, batch)
+    planned = planner(values, replace(EAGER, kv_dtype=kv_dtype, policy=Chain(4))).plan(
+        context, batch
+    )
     target = Llama4ForCausalLM.without_values(config)
     cache = target.allocate_cache(context + 5, batch, kv_cache_dtype=kv_cache_dtype)
     assert planned.kv.total == cache_bytes(cache)
@@ -179,21 +183,28 @@ def test_caches(context, kv_cache_dtype, batch):
     assert planned.kv.chunked == real
 
 
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("slots", [64, 65])
 @pytest.mark.parametrize("policy", [Chain(3), DynamicTree(8, 4, 3)], ids=["chain", "tree"])
-def test_caches_of_a_decoding(policy: Policy, slots, draft_files, make_target, tmp_path):
+def test_caches_of_a_decoding(
+    policy: Policy, slots, lag, draft_files, make_target, tmp_path, monkeypatch
+):
     """On both sides of the edge of a page, which one row more or less would cross."""
+    monkeypatch.setattr(rows, "lag_on", lambda device: lag)
     target, folder = make_target(), draft_files("llama").write(tmp_path / "draft")
-    context = slots - policy.num_rows - 1
+    context = slots - policy.num_rows - 1 - lag * (policy.depth + 1)
     draft = load_draft(folder, target)
     decoding = Decoding(target, [1, 2, 3], context - 3, draft, policy=policy)
     config = Eagle3Config.from_pretrained(folder, 8)
     drafted = DraftPlan(config, OwnParts(embedding=False, head=True))
-    run = replace(EAGER, num_drafted=policy.num_rows)
+    run = replace(EAGER, policy=policy, lag=lag)
     planned = planner(TARGET, run, drafted).plan(context)
     of_target, of_draft = decoding.decodings.rows.caches
     assert planned.kv.total == cache_bytes(of_target)
     assert planned.draft_kv.total == cache_bytes(of_draft)
+    assert of_target.pools[0].num_pages == -(-slots // 64)
+    columns = decoding.decodings.rows.batch.columns
+    assert planned.columns == sum(column.nbytes for column in columns)
 
 
 def test_live_memory_is_a_peak():
@@ -217,9 +228,9 @@ def test_activations_are_what_a_real_pass_keeps(make_target, draft_files, tmp_pa
     """The same counting over real tensors, with Triton's operations interpreted."""
     folder = write_target(tmp_path / "target", moe_layers=[1, 3])
     target = Llama4ForCausalLM.from_pretrained(folder, backend="triton")
-    cache, rows = target.allocate_cache(8), 3
+    cache, count = target.allocate_cache(8), 3
     target.set_aux_hidden_state_layers((2, 4, 5))
-    step, ids = cache.causal_step(rows), torch.tensor([5, 6, 7])
+    step, ids = cache.causal_step(count), torch.tensor([5, 6, 7])
     stored = [t for pool in cache.pools for t in (pool.k_LRCGK, pool.v_LRCGK)]
     existing = [*target.parameters(), *target.buffers(), *stored]
     with torch.inference_mode(), LiveMemory(existing) as live:
@@ -228,14 +239,39 @@ def test_activations_are_what_a_real_pass_keeps(make_target, draft_files, tmp_pa
         Eagle3Config.from_pretrained(draft_files("llama").write(tmp_path / "draft"), 8),
         OwnParts(embedding=False, head=True),
     )
-    run = Run(torch.float32, torch.float32, num_drafted=rows - 1)
+    run = Run(torch.float32, torch.float32, policy=Chain(count - 1))
     values = with_changes(TARGET, {"moe_layers": [1, 3]})
-    assert activations(planner(values, run, drafted), rows, True) == live.peak
+    assert activations(planner(values, run, drafted), count, True) == live.peak
+
+
+@pytest.mark.parametrize("policy", [None, Chain(2), DynamicTree(3, 2, 2)], ids=str)
+def test_graphs_are_planned_by_what_a_real_round_keeps(policy, draft_files, make_target, tmp_path):
+    """The same counting over real tensors, with Triton's operations interpreted."""
+    folder = write_target(tmp_path / "target", moe_layers=[1, 3])
+    of_draft = None if policy is None else draft_files("llama").write(tmp_path / "draft")
+    target = Llama4ForCausalLM.from_pretrained(folder, backend="triton")
+    draft = None if of_draft is None else load_draft(of_draft, target)
+    options = {"dtype": torch.float32, "cuda_graphs": True}
+    made = make_planner(folder, of_draft, **options)
+    made = replace(made, run=replace(made.run, policy=policy))
+    assert made.plan(20, 2).cuda_graphs == GRAPH_MARGIN * round_bytes(target, draft, policy, 2)
+    assert made.plan(20, 3).cuda_graphs > made.plan(20, 2).cuda_graphs
+    with_none = replace(made, run=replace(made.run, has_graphs=False))
+    assert with_none.plan(20, 2).cuda_graphs == 0
+
+
+def test_what_a_budget_leaves_for_keys_and_values():
+    made = planner(TARGET, replace(EAGER, policy=Chain(4)))
+    plan, one = made.plan(100, 3), made.plan(100)
+    rest = plan.total - plan.keys_and_values
+    assert made.kv_cache_bytes(plan, rest + one.keys_and_values, "here") == one.keys_and_values
+    with pytest.raises(ValueError, match="memory: 100 tokens x 3 need"):
+        made.kv_cache_bytes(plan, rest + one.keys_and_values - 1, "here")
 
 
 def test_scout():
     """Counts of contract.md, 2.8 and 3.1."""
-    run = Run(torch.bfloat16, torch.bfloat16, num_drafted=4, backend="eager")
+    run = Run(torch.bfloat16, torch.bfloat16, policy=Chain(4), backend="eager")
     drafted = DraftPlan(Eagle3Config.from_hf(HEAD, 48), OwnParts(embedding=False, head=True))
     made = planner(SCOUT, run, drafted)
     weights = {name: nbytes / 2e9 for name, nbytes in made.target_weights.items()}
@@ -261,7 +297,7 @@ def test_scout_in_fp8_fits_one_large_gpu():
     quantised = quantization(
         {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head", "router", "self_attn"]}
     )
-    run = Run(torch.bfloat16, torch.bfloat16, quantised, 4)
+    run = Run(torch.bfloat16, torch.bfloat16, quantised, Chain(4))
     made = planner(SCOUT, run)
     assert 113e9 < sum(made.target_weights.values()) + 1.69e9 < 115e9
     memory = 139 * GIB

@@ -28,7 +28,7 @@ from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.prompting import Asked
 from aerie.ranks import rank_device
-from aerie.request import Request, device_named, dtype_named
+from aerie.request import Request, check_can_capture, device_named, dtype_named
 
 
 class KVCacheDtypeName(StrEnum):
@@ -61,8 +61,15 @@ class GenerateOptions:
     ] = MAX_BATCH_SIZE
     memory_fraction: Annotated[
         float | None,
-        typer.Option(help="Of the GPU's memory, for weights, keys and values of a list."),
+        typer.Option(help="Of the GPU's memory, or of the host's: weights, caches and graphs."),
     ] = None
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Capture rounds at start-up, within the memory that aerie plan says.",
+        ),
+    ] = False
     image: Annotated[
         list[Path] | None,
         typer.Option(help='Goes to a "<|image|>" of the prompt, or before it; may be repeated.'),
@@ -143,10 +150,15 @@ class GenerateOptions:
             raise ValueError("--no-draft contradicts --draft and --speculative-config")
         if self.quantize_linears and self.quantize is None:
             raise ValueError("--quantize-linears: needs --quantize fp8 or fp8_block")
+        fraction = self.memory_fraction
+        if fraction is not None and not 0 < fraction <= 1:
+            raise ValueError(f"--memory-fraction: must be in (0, 1], got {fraction}")
         speculation = SpeculativeConfig.from_json(
             "{}" if self.speculative_config is None else self.speculative_config
         )
         draft, device = self._draft(speculation), rank_device(device_named(self.device))
+        if self.cuda_graphs:
+            check_can_capture(device, self.backend.value, self.tensor_parallel_size)
         return Request(
             model=embedded.TARGET if self.model is None else self.model,
             revision=self.revision,
@@ -170,7 +182,8 @@ class GenerateOptions:
             lazy_vision=self.lazy_vision,
             prompts=prompts if self._is_batch(prompts) else (),
             max_batch_size=self.max_batch_size,
-            memory_fraction=self.memory_fraction,
+            memory_fraction=fraction,
+            cuda_graphs=self.cuda_graphs,
             tensor_parallel_size=self.tensor_parallel_size,
             expert_parallel=self.expert_parallel,
         )

@@ -23,12 +23,13 @@ from aerie.commands.shared import (
     stdout,
 )
 from aerie.eagle3.memory_plan import CONTEXT, GIB
+from aerie.eagle3.rows import lag_on
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.sharding import Shard
 from aerie.plan import as_dict, as_rows, free_memory, make_planner, size
 from aerie.report import key_value_table
-from aerie.request import dtype_named
+from aerie.request import check_can_capture, dtype_named
 
 GPU = torch.device("cuda")
 
@@ -62,6 +63,9 @@ class PlanOptions:
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="Experts dealt out whole.")
     ] = False
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="With rounds that are captured.")
+    ] = False
     revision: RevisionOption = None
     draft_revision: DraftRevisionOption = None
     as_json: JsonOption = False
@@ -71,6 +75,8 @@ def plan(options: PlanOptions) -> None:
     """What a pair takes in GPU memory, from its configs; exit code 2 where it does not fit."""
     with exit_code_2_on_bad_input():
         memory, origin = _memory(options)
+        if options.cuda_graphs:
+            check_can_capture(GPU, "triton", options.tensor_parallel_size)
         speculation = SpeculativeConfig.from_json(options.speculative_config)
         draft = _draft(options, speculation)
         pin = draft_revision(options.draft_revision, speculation)
@@ -83,6 +89,8 @@ def plan(options: PlanOptions) -> None:
             quantize_linears=options.quantize_linears,
             speculation=speculation,
             shard=Shard(0, options.tensor_parallel_size, options.expert_parallel),
+            lag=lag_on(GPU),
+            cuda_graphs=options.cuda_graphs,
         )
         context = planner.usual_context if options.context is None else options.context
         found = planner.plan(context, options.batch)
