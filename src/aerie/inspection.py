@@ -26,6 +26,7 @@ from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.formats import LAYER_KEY, flatten
 from aerie.eagle3.memory_plan import CONTEXT, MemoryPlan
 from aerie.eagle3.reading import Decision
+from aerie.eagle3.rows import lag_on
 from aerie.kernels.head_rows import ids_from_offsets
 from aerie.llama4.checkpoint import LoadOptions, load_weights
 from aerie.llama4.config import Llama4Config, is_multimodal
@@ -115,7 +116,9 @@ def _kv_of_draft(config: Eagle3Config, context: int, batch: int) -> str:
 
 
 def _memory(target: Path, draft: Path | None, context: int | None, batch: int) -> MemoryPlan:
-    planner = make_planner(target, draft, dtype=torch.bfloat16, backend="eager")
+    planner = make_planner(
+        target, draft, dtype=torch.bfloat16, backend="eager", lag=lag_on(torch.device("cuda"))
+    )
     return planner.plan(planner.usual_context if context is None else context, batch)
 
 
