@@ -36,8 +36,8 @@ from aerie.kernels.experts_gate_up import launch_gate_up
 from aerie.kernels.experts_launch import Call, LaunchConfig, product_config, tile_pairs
 from aerie.kernels.experts_rows import quantized_rows
 from aerie.kernels.quantize import Quantized, dequantized, quantize_ref
+from aerie.kernels.read_ahead import read_ahead
 from aerie.kernels.router import Routing
-from aerie.kernels.stream_launch import read_ahead
 from aerie.kernels.swiglu import swiglu_halves_ref
 from aerie.kernels.target import Target, target_of
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from aerie.kernels.arrivals import arrival_counters
 from aerie.kernels.backend import DTYPES
+from aerie.kernels.read_ahead import read_ahead
 from aerie.kernels.target import Target, lacks_fp8
 
 FP8 = torch.float8_e4m3fn
 SCALE_BLOCK = 128  # rows and columns of a weight that share one scale, in the block format
 SMS = 132  # of an H100 or H200; other GPUs get a slightly worse split, never a wrong result
 FILL = 8  # steps of depth that starting and draining a pipeline costs, an estimate
-CACHED_BYTES = 1 << 19  # half of the second-level cache of a server's core
 
 MIN_SHARE = 4  # steps of a share below which its partial weighs as much as its weights
 
@@ -120,16 +120,6 @@ def projected(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, scale: Ten
     weight = weight_FD.to(wide) * scale_of_weights(scale, weight_FD).to(wide)
     bias = None if bias_F is None else bias_F.to(wide)
     return F.linear(x_TD.to(wide), weight, bias).to(x_TD.dtype)
-
-
-def read_ahead(weight: Tensor) -> None:
-    """Reads a matrix that fits the cache of a CPU core once, in order, before it is multiplied.
-
-    For few rows MKL reads the weights in an order that memory answers at 5 to 8 GB/s; a sum, which
-    nobody needs, at 25. Where the matrix was in the cache already it costs a few microseconds.
-    """
-    if weight.is_cpu and weight.nbytes <= CACHED_BYTES:
-        weight.sum()
 
 
 def scale_of_weights(scale: Tensor, weight_FD: Tensor) -> Tensor:
