@@ -53,7 +53,7 @@ def experts_ref(
 ) -> Tensor:
     """The formula above in PyTorch; the rows of one expert are multiplied together."""
     choices = routing.ids_TA.shape[1]
-    ids = [e - first_expert for e in routing.ids_TA.flatten().tolist()]
+    ids = [e - first_expert for row in routing.ids_TA.tolist() for e in row]
     rows, scores_P1 = x_TD, routing.scores_TA
     if choices > 1:
         scores_P1 = scores_P1.reshape(-1, 1)

@@ -19,7 +19,7 @@ NUM_MATRICES, SIZE, TRIALS = 64, 256, 5  # 16 MB, more than the caches of a core
 
 def read_ahead(weight: Tensor) -> None:
     """Sums a matrix that fits the cache of a CPU core, if that makes products with it faster."""
-    if weight.is_cpu and weight.nbytes <= CACHED_BYTES and pays():
+    if pays() and weight.is_cpu and weight.nbytes <= CACHED_BYTES:
         weight.sum()
 
 
