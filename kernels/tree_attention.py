@@ -71,13 +71,13 @@ def tree_attention_ref(
     if sequences and sequences[0].is_all:
         seen = sequences[0]
         return _attend_ref(q_THK, k_cache_RCGK, v_cache_RCGK, seen, scale, k_scale, v_scale)
-    out_THK = torch.zeros_like(q_THK)
-    for seen in sequences:
-        q_NHK = q_THK[seen.rows]
-        out_THK[seen.rows] = _attend_ref(
-            q_NHK, k_cache_RCGK, v_cache_RCGK, seen, scale, k_scale, v_scale
-        )
-    return out_THK
+    sizes = [seen.rows.stop - seen.rows.start for seen in sequences]
+    *owned, of_none = q_THK.split_with_sizes((*sizes, q_THK.shape[0] - sum(sizes)))
+    parts = [
+        _attend_ref(q_NHK, k_cache_RCGK, v_cache_RCGK, seen, scale, k_scale, v_scale)
+        for seen, q_NHK in zip(sequences, owned, strict=True)
+    ]
+    return torch.cat((*parts, torch.zeros_like(of_none)))
 
 
 def _attend_ref(
