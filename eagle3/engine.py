@@ -104,9 +104,10 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def add(self, request: Request, num_cached: int = 0) -> Decoded:
-        """Queues a request, whose row will hold the first `num_cached` tokens already."""
-        decoded = Decoded(request, num_prefilled=num_cached)
+    def add(self, request: Request, num_cached: int = 0, num_known: int = 0) -> Decoded:
+        """Queues a request, whose row will hold the first `num_cached` tokens already; what comes
+        before token `num_known` of its prompt is the text of earlier turns."""
+        decoded = Decoded(request, num_prefilled=num_cached, num_known=num_known)
         self._waiting.append(decoded)
         return decoded
 
@@ -138,7 +139,7 @@ class Engine:
         while rows > 0 and (self._num_running < len(self._rows) or self._admit()):
             decoded, row = self._rows[-1], len(self._rows) - 1
             request, start = decoded.request, decoded.num_prefilled
-            end = min(start + PREFILL_ROWS, len(request.prompt_ids))
+            end = decoded.end_of_pass(PREFILL_ROWS)
             with decoded.stats.timed("prefill"):
                 report = self._passes.prefill(row, request, start, end)
             rows -= end - start

@@ -10,6 +10,7 @@ from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.ends import Detokenize, Ends, FinishReason
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.stats import Stats
+from aerie.kernels.scaled_linear import quantises_rows
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.model import Llama4ForCausalLM
 
@@ -103,6 +104,7 @@ class Decoded:
     error: str | None = None
     stats: Stats = field(default_factory=Stats)
     num_prefilled: int = 0
+    num_known: int = 0  # tokens of the prompt that are the text of earlier turns
     on_prefill: Callable[[int], None] | None = None  # told how much of the prompt has been read
     has_warned: bool = False
     _num_before: int | None = None  # tokens known when the last pass began
@@ -114,6 +116,17 @@ class Decoded:
         if self._num_before is None:
             return min(self.num_prefilled, known - 1)
         return known + self._num_before - 1
+
+    def end_of_pass(self, most_rows: int) -> int:
+        """Where the next pass over the prompt ends, which takes at most `most_rows` tokens.
+
+        Rows of earlier turns that run again, a few more with a draft than without, were decoded:
+        they do not become part of a new prompt that is long enough for another arithmetic.
+        """
+        start = self.num_prefilled
+        end = min(start + most_rows, len(self.request.prompt_ids))
+        is_apart = start < self.num_known < end and quantises_rows(end - start)
+        return self.num_known if is_apart else end
 
     def keep(self, run: list[int]) -> Burst:
         """The part of an accepted run, its bonus token last, that is output.

@@ -3,6 +3,9 @@
 A turn runs only what is new. Both caches are resumed at one position: behind the last row whose
 successor was known to the draft when it saw the row, for the row of a text's last token needs the
 token after it (successor-token rule). Rows further on, a round's at most, run again.
+
+With FP8 linears a turn of more than 128 tokens meets their weights as codes (`quantises_rows`).
+Behind rounds, as with an FP8 cache, last bits may become other codes: equal ids are not promised.
 """
 
 from collections.abc import Sequence
@@ -79,7 +82,7 @@ class Session:
             )
         if images is not None and self._draft is not None:
             check_draft_takes_images(self._draft, self._target)
-        self._turn = self._engine.add(request, num_cached)
+        self._turn = self._engine.add(request, num_cached, num_known=len(text))
         return SingleStream(Stream(self._engine, [self._turn]))
 
     def generate(

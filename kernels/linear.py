@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from aerie.kernels.backend import ResolvedBackend, check_launchable, pick
 from aerie.kernels.module import Module
+from aerie.kernels.quantize import Codes, Quantized, quantize, quantize_ref
+from aerie.kernels.scaled_linear import scaled_linear, scaled_linear_ref
 from aerie.kernels.stream_launch import (
     FP8,
     LaunchConfig,
@@ -169,8 +171,10 @@ def linear(
 class Linear(Module):
     """Linear layer, parameters named as in Hugging Face checkpoints (`weight`, `bias`).
 
-    An FP8 weight has a `weight_scale` (see `linear`); its rows of activations are not quantised,
-    which is more exact than the W8A8 arithmetic that FP8 checkpoints are written for.
+    An FP8 weight has a `weight_scale` (see `linear`). It meets rows as they are, which is more
+    exact than the W8A8 arithmetic that FP8 checkpoints are written for, or, in prompts, as codes
+    (`quantises_rows`): with a scale per row, or per 128 columns where the weight has blocks. Static
+    scales of activations are not used; one of the row's own fits it better.
     """
 
     bias: nn.Parameter | None
@@ -185,6 +189,8 @@ class Linear(Module):
         self.register_parameter("bias", vector)
         self.register_parameter("weight_scale", None)
         self._linear = pick(backend, linear, linear_ref)
+        self._quantize = pick(backend, quantize, quantize_ref)
+        self._scaled_linear = pick(backend, scaled_linear, scaled_linear_ref)
 
     def hold_fp8(self, scale_shape: tuple[int, ...]) -> None:
         """Makes the weight FP8 with a scale of that shape; both have no values yet."""
@@ -193,6 +199,20 @@ class Linear(Module):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    @property
+    def row_codes(self) -> Codes:
+        """How rows are quantised that meet the weight as codes."""
+        scale = self._parameters["weight_scale"]
+        return "none" if scale is None else "row" if scale.ndim == 1 else "group"
+
+    def forward(self, x_TD: Tensor, quantises: bool = False) -> Tensor:
+        """`quantises`: rows meet an FP8 weight as codes. An unquantised one never meets codes."""
         own = self._parameters
+        if quantises and own["weight_scale"] is not None:
+            return self.of_codes(self._quantize(x_TD, self.row_codes == "group"), x_TD.dtype)
         return self._linear(x_TD, own["weight"], own["bias"], own["weight_scale"])
+
+    def of_codes(self, rows: Quantized, dtype: torch.dtype) -> Tensor:
+        """The product with rows that are codes, as `row_codes` says; a result of `dtype`."""
+        own = self._parameters
+        return self._scaled_linear(rows, own["weight"], own["weight_scale"], own["bias"], dtype)

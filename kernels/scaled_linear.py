@@ -7,7 +7,7 @@ rate. Here both operands are e4m3, so the FP8 units multiply them: up to 64 rows
 swapped operands as in `experts` (`experts_frame.py`: tiles, promotion, split depth), with scales
 per row and channel or per 128 columns and 128 x 128 block; more rows in torch's scaled product
 where it takes the scales (`takes_scaled_mm`). The result is rounded once; torch's before a bias is
-added, and again behind it.
+added, and again behind it. Models multiply codes in long prompts only (`quantises_rows`).
 
 Letters: T rows, D input width, F output width; N scales per row.
 """
@@ -28,6 +28,26 @@ from aerie.kernels.stream_launch import check_vector, check_weight, scale_of_wei
 from aerie.kernels.target import Target, target_of
 
 FEW_ROWS = 64  # one tile: the weights are read once
+STREAMED_ROWS = 128  # of a sequence: more than any round has, as a tree has at most 64
+
+
+def quantises_rows(sequence_rows: int) -> bool:
+    """Whether FP8 weights meet rows as codes (here) or as they are (`linear`, `gate_up`).
+
+    `sequence_rows` are those of the step's longest sequence. Up to `STREAMED_ROWS` the weights'
+    bytes bind, which both read alike, and rows that are not rounded are more exact. Beyond,
+    arithmetic binds, and codes multiply at twice the rate.
+
+    It goes by the rows of a sequence, not of the step: a decoded token, a tree under verification
+    and a batch of either stay below, whatever the batch's size, so that a sequence is decoded in
+    one arithmetic alone, among others, and with a draft. What lies above is a prompt, which all of
+    these read alike. The price is a batch whose trees have many rows together: it streams.
+
+    Where codes begin to be faster is not measured on a GPU: `make gpu` times `linear` with FP8
+    weights (bench/kernels/linear.py) and this op with the quantisation of its rows
+    (bench/kernels/scaled_linear.py) at 64, 256 and 1024 rows; bench/notes.md has the prediction.
+    """
+    return sequence_rows > STREAMED_ROWS
 
 
 def scaled_linear_ref(
@@ -94,16 +114,17 @@ class LaunchConfig:
 
 
 def takes_scaled_mm(
-    rows: int, features: int, depth: int, is_blocked: bool, dtype: torch.dtype
+    target: Target, rows: int, features: int, depth: int, is_blocked: bool, dtype: torch.dtype
 ) -> bool:
     """Whether `torch._scaled_mm` multiplies: where arithmetic binds, and it takes the arguments.
 
-    It wants scales per row and channel, multiples of 16 and bfloat16 results. That it is faster
-    there is not measured on a GPU; what is public of prompts says so (torchao#2784: 1009 TFLOP/s
-    against 399 of a Triton kernel with block scales).
+    It wants scales per row and channel, multiples of 16 and bfloat16 results, and on AMD's MI300
+    another FP8 (fnuz). That it is faster is not measured on a GPU; what is public of prompts says
+    so (torchao#2784: 1009 TFLOP/s against 399 of a Triton kernel with block scales).
     """
     aligned = features % 16 == 0 and depth % 16 == 0
-    return rows > FEW_ROWS and aligned and not is_blocked and dtype == torch.bfloat16
+    takes_codes = not is_blocked and dtype == torch.bfloat16 and target.unit != "mfma"
+    return rows > FEW_ROWS and aligned and takes_codes
 
 
 def _launch_config(
@@ -111,7 +132,7 @@ def _launch_config(
 ) -> LaunchConfig:
     """The tiles of one expert that all rows have chosen. Not yet measured on a GPU."""
     tiles = product_config(target, rows, 1, features, depth, dtype.itemsize, True, False)
-    return LaunchConfig(takes_scaled_mm(rows, features, depth, is_blocked, dtype), tiles)
+    return LaunchConfig(takes_scaled_mm(target, rows, features, depth, is_blocked, dtype), tiles)
 
 
 @torch.library.custom_op("aerie::scaled_linear", mutates_args=())

@@ -51,7 +51,7 @@ class Attention(PackedModule):
         self._tree_attention = pick(backend, tree_attention, tree_attention_ref)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, step: Step) -> Tensor:
-        return self.attend(self.qkv_proj(x_TD), rotation, step)
+        return self.attend(self.qkv_proj(x_TD, step.quantises_rows), rotation, step)
 
     def attend(self, qkv_TF: Tensor, rotation: Rotation, step: Step) -> Tensor:
         """What follows the projection of the inputs to packed queries, keys and values."""
@@ -79,7 +79,7 @@ class Attention(PackedModule):
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
         )
-        return self.o_proj(attended_THK.flatten(-2))
+        return self.o_proj(attended_THK.flatten(-2), step.quantises_rows)
 
     def _at(self, rows: TreeRows) -> Temperature | None:
         """The step's temperature, one for all layers that have the same."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.cache_commit import cache_commit, cache_commit_ref
+from aerie.kernels.scaled_linear import quantises_rows
 from aerie.kernels.stream_launch import FP8
 from aerie.kernels.tree_attention import MAX_TREE_ROWS, TreeRows
 from aerie.llama4.kv_plan import PAGE_SIZE, pages_in_pool, plan_pools
@@ -89,6 +90,11 @@ class Step:
     def rows(self) -> TreeRows:
         """Positions, row starts and ancestors, which all pools share."""
         return self.placements[0].rows
+
+    @property
+    def quantises_rows(self) -> bool:
+        """Whether this is a prompt, whose rows meet FP8 weights of linears as codes."""
+        return quantises_rows(self.rows.max_rows)
 
     @property
     def slots_T(self) -> Tensor:

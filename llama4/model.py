@@ -89,9 +89,9 @@ class DecoderLayer(Module):
         norm, block = self.post_attention_layernorm, self.feed_forward
         if isinstance(block, MoE):
             middle = block.enter(attended_TD, entry.residual_TD, norm)
-            return LayerOutput(block(middle), middle.residual_TD)
+            return LayerOutput(block(middle, step.quantises_rows), middle.residual_TD)
         middle = norm.add(attended_TD, entry.residual_TD)
-        return LayerOutput(block(middle.normed_TD), middle.residual_TD)
+        return LayerOutput(block(middle.normed_TD, step.quantises_rows), middle.residual_TD)
 
 
 class Llama4Model(Module):

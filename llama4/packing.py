@@ -23,7 +23,7 @@ Role = Literal["value", "codes", "scale"]
 SCALES = ("weight_scale", "weight_scale_inv")  # names of one thing: the factor of the codes
 K_SCALES, V_SCALES = ("k_scale", "k_proj.k_scale"), ("v_scale", "v_proj.v_scale")  # FP8 caches
 KV_SCALES = K_SCALES + V_SCALES
-INPUT_SCALES = ("input_scale", "input_scale_ub")  # of activations, which linears do not quantise
+INPUT_SCALES = ("input_scale", "input_scale_ub")  # of activations; linears use a row's own
 
 
 @dataclass(frozen=True)

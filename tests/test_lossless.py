@@ -3,7 +3,7 @@
 Regimes: hundreds of random (model, draft, prompt, k); drafts that are always right (acceptance
 length exactly k + 1), always wrong (exactly 1) and right now and then (partial acceptance, which
 leaves rejected rows behind in the cache); ends inside an accepted run; prompts around chunk edges;
-texts far longer than what a chunked layer keeps.
+texts far longer than what a chunked layer keeps; FP8 linears, which long prompts meet as codes.
 """
 
 import random
@@ -16,11 +16,17 @@ from aerie.eagle3.batch import Committed
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Decoding, Generation, generate
+from aerie.eagle3.policies import Chain
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.tree import DraftTree, chain
+from aerie.kernels.linear import Linear
+from aerie.kernels.scaled_linear import STREAMED_ROWS
 from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.config import Llama4Config
+from aerie.llama4.fp8_layout import hold_fp8
 from aerie.llama4.model import Llama4ForCausalLM
+from aerie.llama4.quantization import Group, Quantization
+from aerie.llama4.weight_quantization import quantize_weight
 
 VOCAB, CHUNK, CONTEXT = 32, 16, 160
 
@@ -280,6 +286,41 @@ def test_fp8_cache(block):
         draft = random_draft(seed, target)
         drafted = generate(target, prompt, 30, draft, k, eos_token_ids=(), kv_cache_dtype="fp8")
         assert drafted.tokens == plain, f"seed {seed}, k {k}, prompt {prompt}"
+
+
+FP8_LINEARS = ("self_attn", "shared_expert", "feed_forward.gate_proj", "feed_forward.up_proj",
+               "feed_forward.down_proj")  # fmt: skip
+
+
+def linears_of(target: Llama4ForCausalLM) -> list[Linear]:
+    return [module for module in target.modules() if isinstance(module, Linear)]
+
+
+def with_fp8_linears(target: Llama4ForCausalLM) -> Llama4ForCausalLM:
+    """Its experts stay as they are: FP8 ones meet codes in rounds too."""
+    linears = linears_of(target)
+    wide = [linear.weight.data for linear in linears]
+    hold_fp8(target, Quantization("test", (Group(FP8_LINEARS, "channel", False),), ()))
+    for linear, weight in zip(linears, wide, strict=True):
+        if linear.weight_scale is not None:
+            quantize_weight(weight, linear.weight.data, linear.weight_scale.data)
+    return target
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prompts_that_meet_fp8_linears_as_codes(seed):
+    """Rounds never do: alone, among others, with many rows together and with a draft."""
+    target = with_fp8_linears(random_target(seed, context=300))
+    assert sum(linear.row_codes == "row" for linear in linears_of(target)) >= 12
+    counts = (3, STREAMED_ROWS - 1, STREAMED_ROWS, STREAMED_ROWS + 1, 200)
+    prompts = [[(7 * i + seed) % VOCAB for i in range(count)] for count in counts]
+    plain = [generate(target, prompt, 20, eos_token_ids=()).tokens for prompt in prompts]
+    for prompt, expected in zip(prompts, plain, strict=True):
+        assert scripted(target, prompt, expected, 0.7, 5, max_new_tokens=20).tokens == expected
+    wide = Chain(40)  # 205 rows of five sequences
+    draft = random_draft(seed, target)
+    together = generate(target, prompts, 20, draft, eos_token_ids=(), policy=wide)
+    assert [result.tokens for result in together] == plain
 
 
 def test_triton_backend():

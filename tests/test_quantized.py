@@ -6,7 +6,13 @@ Measured on the held-out topics (teacher-forced) and prompts (64 tokens, k = 4) 
     unquantised                 100 %                 2.92
     fp8                        99.0 %                 3.00
     fp8_block                  98.6 %                 2.91
-    fp8 and linears            97.5 %                 2.94
+    fp8 and linears
+      rows as they are         97.5 %                 2.94
+      rows as codes            95.5 %
+
+Rows meet the linears as codes in prompts of more than 128 tokens (`quantises_rows`), as held-out
+topics are, and the prompts are not. Embeddings moved by a millionth give 95.3 to 95.9 %, as the
+last bit of a sum may become another code, which grows through the layers.
 """
 
 import json
@@ -19,7 +25,12 @@ from torch import Tensor
 from aerie.assets.build.corpus import load_split
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import generate
+from aerie.eagle3.policies import Chain
+from aerie.eagle3.session import Session
 from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET
+from aerie.kernels import scaled_linear
+from aerie.kernels.linear import Linear
+from aerie.kernels.scaled_linear import STREAMED_ROWS
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 
@@ -29,8 +40,8 @@ MAX_TOKENS = 1000  # of one text: less than the context
 KINDS: dict[str, dict[str, Any]] = {
     "fp8": {"quantize": "fp8"},
     "fp8_block": {"quantize": "fp8_block"},
-    "fp8 and linears": {"quantize": "fp8", "quantize_linears": True},
 }
+LINEARS: dict[str, Any] = {"quantize": "fp8", "quantize_linears": True}
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +86,39 @@ def test_acceptance_on_heldout_prompts(unquantised):
     quantised = Llama4ForCausalLM.from_pretrained(TARGET, quantize="fp8")
     difference = acceptance_length(quantised) - acceptance_length(unquantised)
     assert abs(difference) <= ACCEPTANCE_DIFFERENCE
+
+
+@pytest.fixture(scope="module")
+def with_linears() -> Llama4ForCausalLM:
+    return Llama4ForCausalLM.from_pretrained(TARGET, **LINEARS)
+
+
+@pytest.mark.parametrize("streamed_rows", [0, MAX_TOKENS])
+def test_greedy_ids_with_linears(streamed_rows, with_linears, expected_ids, monkeypatch):
+    """All rows as codes, and none."""
+    monkeypatch.setattr(scaled_linear, "STREAMED_ROWS", streamed_rows)
+    equal = (greedy_ids(with_linears) == expected_ids).float().mean().item()
+    assert EQUAL_IDS <= equal < 1
+
+
+@pytest.mark.parametrize("new", [STREAMED_ROWS - 2, STREAMED_ROWS, STREAMED_ROWS + 1])
+def test_turns_meet_codes_by_their_own_length(new, with_linears, monkeypatch):
+    """What a turn runs again was decoded, and is more with a draft than without: it neither makes
+    a turn long enough for codes nor meets them. The ids are not compared: behind rounds, whose sums
+    differ in the last bit, codes may differ."""
+    draft, rows = Eagle3Llama4ForCausalLM.from_pretrained(DRAFT, with_linears), set()
+    of_codes = Linear.of_codes
+
+    def noted(self, quantized, dtype):
+        rows.add(len(quantized.codes_TD))
+        return of_codes(self, quantized, dtype)
+
+    monkeypatch.setattr(Linear, "of_codes", noted)
+    text = next(iter(load_split().held_out.values()))
+    prompt = load_tokenizer(TARGET).encode(text).ids
+    for helper in (None, draft):
+        session = Session(with_linears, 400, helper, policy=Chain(12))
+        session.generate(prompt[:20], 12, ())
+        session.generate(prompt[:new], 2, ())
+        assert rows == ({new} if new > STREAMED_ROWS else set())
+        rows.clear()

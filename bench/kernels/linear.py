@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aerie.kernels.linear import linear, linear_ref
-from bench.shapes import features_of
+from bench.shapes import ON_GPU, features_of
 from bench.timer import Work
 
 DEPTH = 5120
@@ -13,7 +13,7 @@ PROVIDERS = {"triton": linear, "eager": linear_ref}
 
 @pytest.mark.parametrize("weight_dtype", ["dtype", "fp8"])
 @pytest.mark.parametrize("width", [5120, 7168])
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("rows", [1, 5, 64, 256, 1024] if ON_GPU else [1, 5, 64])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_linear(provider, rows, width, weight_dtype, measure, device, dtype):
     x = torch.randn(rows, DEPTH, device=device, dtype=dtype)

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from aerie.kernels import stream_launch
 from aerie.kernels.linear import Linear, _launch_config, _linear_op, linear, linear_ref
+from aerie.kernels.quantize import quantize_ref
+from aerie.kernels.scaled_linear import scaled_linear_ref
 from aerie.kernels.target import HOPPER
 from aerie.kernels.weight_stream import column_scales
 from tests.evidence import (
@@ -153,6 +155,36 @@ def test_module_uses_its_parameters(bias, device):
     x = normal((2, 24), torch.float32, device)
     assert torch.equal(layer(x), linear(x, layer.weight, layer.bias))
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"][: 1 + bias]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("scales", ["channel", "block"])
+def test_module_meets_codes(scales, backend, device):
+    """Rows of prompts become codes as the weight's scales want them; others stay as they are."""
+    x, weight, bias, scale = _inputs((5, 150, 40), torch.float32, device, "channel")
+    assert scale is not None
+    if scales == "block":
+        scale = scale[:2].expand(1, 2).contiguous()
+    layer = Linear(150, 40, True, backend).to(device)
+    layer.hold_fp8(tuple(scale.shape))
+    for name, given in (("weight", weight), ("bias", bias), ("weight_scale", scale)):
+        layer.get_parameter(name).data.copy_(given)
+    arguments = quantize_ref(x, scales == "block"), weight, scale, bias
+    truth = exact(scaled_linear_ref, *arguments, torch.float64)
+    actual = layer(x, quantises=True)
+    assert_as_accurate(actual, truth, scaled_linear_ref(*arguments, torch.float32))
+    as_it_is = layer(x)
+    assert torch.equal(as_it_is, layer(x, quantises=False))
+    assert 1e-3 < (actual - as_it_is).norm() / as_it_is.norm() < 0.1
+
+
+def test_unquantised_module_never_meets_codes(device):
+    layer = Linear(24, 40, True, "triton").to(device)
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    x = normal((2, 24), torch.float32, device)
+    assert layer.row_codes == "none"
+    assert torch.equal(layer(x, quantises=True), layer(x))
 
 
 def test_opcheck_and_compile(device):

@@ -13,11 +13,13 @@ from aerie.kernels.quantize import FP8, Quantized, quantize_ref
 from aerie.kernels.scaled_linear import (
     _launch_config,
     _scaled_linear_op,
+    quantises_rows,
     scaled_linear,
     scaled_linear_ref,
     takes_scaled_mm,
 )
-from aerie.kernels.target import HOPPER
+from aerie.kernels.target import BLACKWELL, HOPPER, MI300
+from aerie.kernels.tree_rows import MAX_TREE_ROWS
 from tests.evidence import (
     assert_as_accurate,
     check_compiles,
@@ -117,14 +119,22 @@ def test_rejects_bad_arguments(device):
 def test_rule():
     """A step of at most 64 rows streams the weights once; torch takes prompts, where it can."""
     prompt = (65, 5120, 5120, False, torch.bfloat16)
-    assert takes_scaled_mm(*prompt)
+    for target in (HOPPER, BLACKWELL):
+        assert takes_scaled_mm(target, *prompt)
+    assert not takes_scaled_mm(MI300, *prompt)
     for other in ((64, *prompt[1:]), (65, 5121, *prompt[2:]), (65, 5120, 5121, *prompt[3:])):
-        assert not takes_scaled_mm(*other)
-    assert not takes_scaled_mm(65, 5120, 5120, True, torch.bfloat16)
-    assert not takes_scaled_mm(65, 5120, 5120, False, torch.float16)
+        assert not takes_scaled_mm(HOPPER, *other)
+    assert not takes_scaled_mm(HOPPER, 65, 5120, 5120, True, torch.bfloat16)
+    assert not takes_scaled_mm(HOPPER, 65, 5120, 5120, False, torch.float16)
     for rows in (1, 8, 16, 33, 64):
         tiles = _launch_config(HOPPER, rows, 5120, 5120, False, torch.bfloat16).tiles
         assert rows <= tiles.WIDE_T
         assert tiles.BLOCK_N >= 64  # rows of a Hopper product
         assert tiles.BLOCK_K <= 128  # what one sum of 14 bits takes
         assert tiles.SPLITS * 5120 // tiles.BLOCK_N >= 132
+
+
+def test_no_round_meets_codes():
+    """Decoded tokens, the widest tree, and all of its path behind which a turn goes on."""
+    assert not any(map(quantises_rows, range(MAX_TREE_ROWS + 2)))
+    assert [quantises_rows(rows) for rows in (128, 129, 1024)] == [False, True, True]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aerie.kernels import scaled_linear
 from aerie.kernels.linear import Linear
 from aerie.llama4.attention import Attention
 from aerie.llama4.experts import Experts
@@ -20,8 +21,8 @@ UP = "model.layers.1.feed_forward.experts.1.up_proj"
 FUSED = "model.layers.1.feed_forward.experts.gate_up_proj"
 
 
-def load(folder, **options) -> Llama4ForCausalLM:
-    return Llama4ForCausalLM.from_pretrained(folder, backend="eager", **options)
+def load(folder, backend="eager", device="cpu", **options) -> Llama4ForCausalLM:
+    return Llama4ForCausalLM.from_pretrained(folder, device=device, backend=backend, **options)
 
 
 def dequantised(weight: Tensor, scale: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def test_scales_of_fp8_caches_reach_their_layers(tmp_path):
 
 
 def test_fp8_linears_compute_with_the_dequantised_weights(tmp_path):
-    """Rows of activations are not quantised: against the same weights widened, only rounding."""
+    """Rows of few activations are not quantised: against the weights widened, only rounding."""
     made = FORMATS["compressed-tensors channel"]()
     model = load(made.write(tmp_path))
     x = torch.randn(3, 160)
@@ -291,6 +292,34 @@ def test_refuses_to_quantise_twice(tmp_path):
 def test_triton_runs_fp8_models_as_eager_does(name, tmp_path, device):
     folder, ids, logits = FORMATS[name]().write(tmp_path), torch.tensor([1, 2, 3]).to(device), []
     for backend in ("eager", "triton"):
-        model = Llama4ForCausalLM.from_pretrained(folder, device=device, backend=backend)
+        model = load(folder, backend, device)
         logits.append(model(ids, model.allocate_cache(8).causal_step(3)).logits_TV)
     assert (logits[0] - logits[1]).norm() <= 1e-5 * logits[0].norm()
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_what_meets_codes(backend, tmp_path, monkeypatch, device):
+    """In prompts all FP8 linears but the head, in rounds none. The numbers are those of `Linear`
+    and `MLP` (tests of these): through layers a sum's last bit becomes another code, and grows."""
+    folder, met, of_codes = (
+        FORMATS["compressed-tensors channel"]().write(tmp_path),
+        set(),
+        Linear.of_codes,
+    )
+    model = load(folder, backend, device)
+    names = {module: name for name, module in model.named_modules()}
+
+    def noted(self, *arguments):
+        met.add(names[self])
+        return of_codes(self, *arguments)
+
+    monkeypatch.setattr(Linear, "of_codes", noted)
+    ids = torch.tensor([1, 2, 3]).to(device)
+    monkeypatch.setattr(scaled_linear, "STREAMED_ROWS", 2)
+    model(ids, model.allocate_cache(8, 2).causal_step(2, 1))  # of no sequence more than two
+    assert met == set()
+    model(ids, model.allocate_cache(8).causal_step(3))
+    linears = {names[m]: m for m in model.modules() if isinstance(m, Linear)}
+    assert met == {n for n, m in linears.items() if m.row_codes != "none"} - {"lm_head"}
+
+    assert len(met) == 8
