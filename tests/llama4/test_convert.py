@@ -135,7 +135,7 @@ def test_transformers_reads_it(quantize, linears, tmp_path):
     them transformers' are 1.7 % from ours on a held-out text of 200 tokens, as compressed-tensors
     0.20 gives all rows of a matrix, as experts are passed, one dynamic scale instead of one per
     token: done so here, 0.03 % are left. With FP8 linears too it is 5.0 %, and theirs move 4.2 % by
-    themselves if the embeddings move by 1e-7: the last bit of a sum becomes another code, and grows.
+    themselves if the embeddings move by 1e-7: a last bit becomes another code, and grows.
     """
     pytest.importorskip("compressed_tensors", reason="transformers reads the format through it")
     from transformers import Llama4ForCausalLM as TheirLlama4
