@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "slow" not in str(config.getoption("-m")):
         for item in items:
             if item.get_closest_marker("slow") is not None:
-                item.add_marker(pytest.mark.skip(reason="trains for a minute: pytest -m slow"))
+                item.add_marker(pytest.mark.skip(reason="takes a minute: pytest -m slow"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -15,12 +15,10 @@ from bench.timer import Work
 
 DEPTH = 5120
 PROVIDERS = {"triton": scaled_linear, "eager": scaled_linear_ref}
-
-
 CROSSOVER = (64, 256, 1024)  # rows; `linear` has the same
 IN_CODES = {
-    "triton": lambda x, *weight: scaled_linear(quantize(x), *weight, None, x.dtype),
-    "eager": lambda x, *weight: scaled_linear_ref(quantize_ref(x), *weight, None, x.dtype),
+    "triton": lambda x, w, scale: scaled_linear(quantize(x), w, scale, None, x.dtype),
+    "eager": lambda x, w, scale: scaled_linear_ref(quantize_ref(x), w, scale, None, x.dtype),
 }
 
 

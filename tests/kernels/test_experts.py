@@ -1,10 +1,10 @@
 """The kernels of `experts` against its reference.
 
 Regimes: every granularity of scales and none; widths off the tile in all directions; one row, rows
-past a narrow tile, past 64 pairs and so sorted; one choice and two; histograms that are all to one,
-uniform and uneven; NaN in the experts nobody chose; experts elsewhere; splits of the depth, their
-bits and their counters; given codes; strided rows; no rows; special values in one row; offsets past
-32 bits; the promotion that Hopper needs; the compiler, bad arguments, the launch rules.
+past a narrow tile, past 64 pairs and so sorted; one choice and two; 128 experts; histograms that
+are all to one, uniform and uneven; NaN in the experts nobody chose; experts elsewhere; splits of
+the depth, their bits and their counters; given codes; strided rows; no rows; special values in one
+row; offsets past 32 bits; the promotion that Hopper needs; the compiler, bad arguments, the rules.
 """
 
 from dataclasses import replace
@@ -41,6 +41,7 @@ from tests.kernels.test_expert_order import make_ids
 from tests.kernels.test_experts_ref import FORMATS, Case, make_inputs, part_of
 
 CASES = [Case(1, 1, 4, 130, 100), Case(5, 2, 3, 200, 140), Case(19, 1, 2, 65, 129)]
+FEW, MORE = Case(3, 2, 128, 40, 24), Case(70, 1, 128, 40, 24)
 REAL = on_gpu(*(Case(T, 1, 16, 5120, 8192) for T in (1, 8, 64, 300)), Case(8, 2, 128, 5120, 1024))
 HISTOGRAMS = ("all to one", "uniform", "adversarial", "last")
 
@@ -67,6 +68,16 @@ def splits(monkeypatch):
 def test_matches_ref(case, format, device, dtypes):
     for dtype in dtypes:
         check(*make_inputs(case, format, device, dtype))
+
+
+@pytest.mark.parametrize(
+    ("case", "format"), [(FEW, "plain"), (FEW, "channel"), (MORE, "block")], ids=str
+)
+def test_128_experts(case, format, device):
+    """More experts than pairs, streamed and sorted; the last one is among the chosen."""
+    x, routing, *rest = make_inputs(case, format, device)
+    routing.ids_TA[-1, -1] = 127
+    check(x, routing, *rest)
 
 
 @pytest.mark.parametrize("format", ["plain", "channel", "block"])
@@ -170,9 +181,16 @@ def test_special_values_stay_in_their_row(format, device):
     assert torch.equal(experts(x, routing, gate_up, down, shared)[2], shared[2])
 
 
-def test_offsets_past_32_bits(device):
-    """Both weights of the last expert lie behind 2^31 elements; in front of them is zero."""
-    number, depth, width = 517, 8192, 512
+@pytest.mark.parametrize(
+    ("number", "width"), [(517, 512), pytest.param(128, 2112, marks=pytest.mark.slow)]
+)
+def test_offsets_past_32_bits(number, width, device):
+    """Both weights of the last expert lie behind 2^31 elements; in front of them is zero.
+
+    128 experts as Maverick has: gate and up of the last one begin behind 2^32. What no expert is
+    read from takes no memory.
+    """
+    depth = 8192
     shapes, matrices = ((number, 2 * width, depth), (number, depth, width)), []
     for shape in shapes:
         count = torch.Size(shape).numel()
