@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.batch import Committed
+from aerie.eagle3.batch_costs import BatchCosts
 from aerie.eagle3.drafter import Drafter, PromptRows
 from aerie.eagle3.policies import Policy, Verification
 from aerie.eagle3.tree import DraftTree, GoesOn, best_part
@@ -22,10 +23,11 @@ from aerie.llama4.cache import PagedKVCache
 
 @dataclass(frozen=True)
 class CostAware:
-    """`policy`, as wide as `costs` make worth while (`cost_measurement` measures them)."""
+    """`policy`, as wide as `costs` make worth while (`cost_measurement` measures them): one table
+    for rows of any number of sequences, or a table for each number (`BatchCosts`)."""
 
     policy: Policy
-    costs: RoundCosts
+    costs: RoundCosts | BatchCosts
     verification: Verification = field(default="match", init=False)
 
     def __post_init__(self) -> None:
@@ -67,13 +69,20 @@ class CostAwareDrafter:
     rows it is told of, and by itself for every size of batch."""
 
     def __init__(
-        self, build, costs: RoundCosts, depth: int, num_rows: int, goes_on: GoesOn | None = None
+        self,
+        build,
+        costs: RoundCosts | BatchCosts,
+        depth: int,
+        num_rows: int,
+        goes_on: GoesOn | None = None,
     ) -> None:
         """`build` makes the inner drafter of a `GoesOn`, of `depth` levels and `num_rows` nodes."""
         self.inner: Drafter = build(self._goes_on)
-        self.tap_layers, self.costs = self.inner.tap_layers, costs
+        self.tap_layers, self._all_costs = self.inner.tap_layers, costs
         self.depth, self.num_rows = depth, num_rows
-        self.experience = Experience(costs)
+        alone = costs.for_rounds(1, 1 + num_rows)
+        assert alone is not None, "every table is of one sequence too"
+        self.costs, self.experience = alone, Experience(alone)
         self._also = goes_on
         self._experiences = {1: self.experience}
         self._levels: list[list[float]] = []  # path probabilities, by drafted level
@@ -93,10 +102,12 @@ class CostAwareDrafter:
         """
         sequences = len(committed.lengths_B)
         self._learn(committed)
-        self._is_covered = sequences == 1 or sequences * (1 + self.num_rows) <= self.costs.sizes[-1]
-        if self._is_covered:
+        costs = self._all_costs.for_rounds(sequences, 1 + self.num_rows)
+        self._is_covered = costs is not None
+        if costs is not None:
             known = self._experiences
-            self.experience = known.setdefault(sequences, Experience(self.costs, sequences))
+            self.costs = costs
+            self.experience = known.setdefault(sequences, Experience(costs, sequences))
         self._levels, self._num_sequences = [], sequences
         tree = self.inner.propose(committed)
         if tree.tokens_BN.shape[1] == 0 or not self._is_covered:

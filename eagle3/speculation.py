@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from aerie.eagle3.batch_costs import BatchCosts, costs_from_dict
 from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.cost_measurement import measured_costs
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
@@ -24,8 +25,9 @@ class SpeculativeConfig:
 
     A chain, or a dynamic tree if `eagle_topk` and `num_steps` are given, or a static one if
     `speculative_token_tree` is (see `policies`). `cost_aware_width` lets each round choose how deep
-    and wide that is worth being, by given `RoundCosts` or by "measured" ones (see `width`). The
-    keys of `Reading` (`tap_convention`, ...) stand beside the others in the JSON.
+    and wide that is worth being, by given costs (`RoundCosts`, `BatchCosts`) or by "measured" ones
+    (see `width`). The keys of `Reading` (`tap_convention`, ...) stand beside the others in the
+    JSON.
     """
 
     method: str = "eagle3"
@@ -38,7 +40,7 @@ class SpeculativeConfig:
     speculative_token_tree: Sequence[Sequence[int]] | None = None
     confidence_threshold: float = 0.0
     verification: Verification = "match"
-    cost_aware_width: RoundCosts | str | None = None
+    cost_aware_width: RoundCosts | BatchCosts | str | None = None
     reading: Reading = AS_WRITTEN
 
     def __post_init__(self) -> None:
@@ -59,7 +61,8 @@ class SpeculativeConfig:
                 "cost_aware_width: leaves out nodes by their own probability, which verification "
                 "'rejection' does not allow; give one of them"
             )
-        if width is not None and width != MEASURED and not isinstance(width, RoundCosts):
+        is_costs = isinstance(width, RoundCosts | BatchCosts)
+        if width is not None and width != MEASURED and not is_costs:
             raise ValueError(f'cost_aware_width: must be "{MEASURED}" or costs, got {width!r}')
         size = self.draft_tensor_parallel_size
         if type(size) is not int or size < 1:
@@ -97,22 +100,27 @@ class SpeculativeConfig:
         return DynamicTree(*sizes, self.confidence_threshold)
 
     def policy_on(
-        self, target: Llama4ForCausalLM, draft: Eagle3Llama4ForCausalLM | RemoteDraft | None
+        self,
+        target: Llama4ForCausalLM,
+        draft: Eagle3Llama4ForCausalLM | RemoteDraft | None,
+        max_sequences: int = 1,
     ) -> Policy:
-        """The policy, cost-aware if asked; "measured" takes up to two seconds of this pair.
+        """The policy, cost-aware if asked; "measured" takes up to two seconds of this pair, for
+        rounds of up to `max_sequences`.
 
         Raises ValueError for "measured" on a target that is cut over ranks.
         """
         if self.cost_aware_width is None or draft is None:
             return self.policy
-        if isinstance(self.cost_aware_width, RoundCosts):
+        if isinstance(self.cost_aware_width, RoundCosts | BatchCosts):
             return CostAware(self.policy, self.cost_aware_width)
         if target.communicator is not None or isinstance(draft, RemoteDraft):
             raise ValueError(
                 f"cost_aware_width: {MEASURED!r} would be other numbers on every rank of a target "
                 'that is cut; give them, {"verify_ms": {ROWS: MS, ...}}'
             )
-        return CostAware(self.policy, measured_costs(target, draft, self.policy.num_rows))
+        costs = measured_costs(target, draft, self.policy.num_rows, max_sequences)
+        return CostAware(self.policy, costs)
 
     @classmethod
     def from_json(cls, text: str) -> "SpeculativeConfig":
@@ -141,6 +149,6 @@ class SpeculativeConfig:
             )
         own = {key: value for key, value in values.items() if key not in KEYS}
         if isinstance(own.get("cost_aware_width"), dict):
-            own["cost_aware_width"] = RoundCosts.from_dict(own["cost_aware_width"])
+            own["cost_aware_width"] = costs_from_dict(own["cost_aware_width"])
         reading = Reading.from_dict({k: v for k, v in values.items() if k in KEYS})
         return cls(**own, reading=reading)

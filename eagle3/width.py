@@ -40,6 +40,7 @@ class RoundCosts:
 
     verify_ms: Mapping[int, float]
     draft_level_ms: float = 0.0
+    num_sequences: int = 1  # a row of each is plain decoding, the least that the table must hold
     sizes: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,8 +49,9 @@ class RoundCosts:
             if type(rows) is not int or rows < 1:
                 raise ValueError(f"{name}: verify_ms: rows must be integers >= 1, got {rows!r}")
             _check_ms(f"{name}: verify_ms[{rows}]", ms, above=0)
-        if 1 not in self.verify_ms:
-            raise ValueError(f"{name}: verify_ms: needs the time of 1 row, plain decoding")
+        if self.num_sequences not in self.verify_ms:
+            least = "1 row" if self.num_sequences == 1 else f"{self.num_sequences} rows"
+            raise ValueError(f"{name}: verify_ms: needs the time of {least}, plain decoding")
         _check_ms(f"{name}: draft_level_ms", self.draft_level_ms, above=-1)
         object.__setattr__(self, "sizes", tuple(sorted(self.verify_ms)))
 
@@ -57,6 +59,11 @@ class RoundCosts:
         """Milliseconds of a pass of `rows`; infinite beyond the table."""
         at = bisect_left(self.sizes, rows)
         return self.verify_ms[self.sizes[at]] if at < len(self.sizes) else math.inf
+
+    def for_rounds(self, num_sequences: int, num_rows: int) -> "RoundCosts | None":
+        """Of so many sequences with up to `num_rows` rows each; None: the table does not reach."""
+        is_covered = num_sequences == 1 or num_sequences * num_rows <= self.sizes[-1]
+        return self if is_covered else None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RoundCosts":

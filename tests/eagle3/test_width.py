@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from aerie.eagle3 import cost_measurement
 from aerie.eagle3.batch import Committed
+from aerie.eagle3.batch_costs import BatchCosts
 from aerie.eagle3.cost_aware import CostAware, CostAwareDrafter
 from aerie.eagle3.cost_measurement import measured_costs
 from aerie.eagle3.speculation import SpeculativeConfig
@@ -154,7 +156,7 @@ def behind(start: int, *counts: int) -> Committed:
     return Committed(starts_B, counts_B, starts_B + counts_B, counts_B[:, None], ())
 
 
-def drafting(scores: list[float], costs: RoundCosts) -> Any:
+def drafting(scores: list[float], costs: RoundCosts | BatchCosts) -> Any:
     return CostAwareDrafter(
         lambda goes_on: Guesses(goes_on, scores), costs, len(scores), len(scores)
     )
@@ -217,21 +219,114 @@ def test_nan_scores_are_worth_nothing():
     assert max(Tree(tuple(parents_of(part))).depths()) <= part.depth
 
 
-@pytest.mark.parametrize("num_rows", [1, 9, 63])
-def test_costs_are_measured_in_time(num_rows):
+@pytest.mark.parametrize(("num_rows", "most"), [(1, 1), (9, 1), (63, 1), (4, 5)])
+def test_costs_are_measured_in_time(num_rows, most):
     target = random_target(0, num_hidden_layers=4)
     draft = random_draft(0, target)
     start = time.perf_counter()
-    costs = measured_costs(target, draft, num_rows)
+    costs = measured_costs(target, draft, num_rows, most)
     assert time.perf_counter() - start < 2
-    assert costs.sizes[0] == 1
-    assert costs.sizes[-1] == num_rows + 1
-    times = [costs.verify_ms[size] for size in costs.sizes]
-    assert times == sorted(times)
-    assert costs.draft_level_ms > 0
+    assert list(costs.tables) == [n for n in (1, 2, 4, 5) if n <= most]
+    for table in costs.tables.values():
+        assert table.sizes[0] == 1
+        assert table.sizes[-1] == num_rows + 1
+        times = [table.verify_ms[size] for size in table.sizes]
+        assert times == sorted(times)
+        assert table.draft_level_ms > 0
     policy = SpeculativeConfig.from_dict({"cost_aware_width": "measured"}).policy_on(target, draft)
     assert isinstance(policy, CostAware)
-    assert policy.costs.sizes[-1] == 5
+    alone = policy.costs.for_rounds(1, 5)
+    assert alone is not None
+    assert alone.sizes[-1] == 5
+
+
+class FakeClock:
+    """Time that passes where a pass says so, and nowhere else."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def after(self, ms: float) -> None:
+        self.seconds += 1e-3 * ms
+
+
+def measured_by(clock: FakeClock, monkeypatch, verify_ms, num_rows: int, most: int) -> BatchCosts:
+    """Of passes that take what `verify_ms(sequences, rows)` says, a level of the draft a fifth of
+    plain decoding, and every first pass a millisecond more."""
+    seen = set()
+
+    def run(sequences: int, rows: int) -> None:
+        first = (sequences, rows) not in seen
+        seen.add((sequences, rows))
+        clock.after(verify_ms(sequences, max(1, rows)) * (1.0 if rows else 0.2) + first)
+
+    monkeypatch.setattr(cost_measurement, "_verify_passes", lambda *_: run)
+    monkeypatch.setattr(cost_measurement, "_draft_levels", lambda *_: lambda n: run(n, 0))
+    target = random_target(0, num_hidden_layers=4)
+    return measured_costs(target, random_draft(0, target), num_rows, most, clock)
+
+
+def experts(sequences: int, rows: int) -> float:
+    """A pass that reads the experts its rows ask for: the second row costs, the tenth hardly."""
+    return 4.0 + 16 * (1 - (15 / 16) ** (sequences * rows))
+
+
+def test_every_number_of_sequences_has_its_own_times(monkeypatch):
+    clock = FakeClock()
+    costs = measured_by(clock, monkeypatch, experts, 4, 8)
+    assert list(costs.tables) == [1, 2, 4, 8]
+    for sequences, table in costs.tables.items():
+        assert table.draft_level_ms == pytest.approx(0.2 * experts(sequences, 1))
+        for rows in range(1, 6):
+            assert table.verify_ms[rows] == pytest.approx(experts(sequences, rows))
+    assert clock.seconds < 2
+
+
+@pytest.mark.parametrize("ms", [40.0, 200.0, 900.0])
+def test_what_takes_too_long_is_left_out(ms, monkeypatch):
+    """Of a target that is slow for its size: never more than one pass over the budget, but for the
+    three without which there is no table at all."""
+    clock = FakeClock()
+    costs = measured_by(clock, monkeypatch, lambda *_: ms, 20, 8)
+    least = 2.2 * ms / 1e3 + 0.003
+    assert clock.seconds <= max(cost_measurement.BUDGET_S + ms / 1e3 + 0.002, least)
+    alone = costs.tables[1]
+    assert (alone.sizes[0], alone.sizes[-1]) == (1, 21)
+    assert alone.sizes == (1, 21) or ms == 40.0
+    assert (costs.for_rounds(8, 21) is not None) == (ms == 40.0)
+
+
+def test_tables_for_rounds():
+    small, large = RoundCosts({1: 1.0, 5: 2.0}, 0.1), RoundCosts({1: 3.0, 5: 7.0}, 0.3)
+    costs = BatchCosts({1: small, 4: large})
+    assert costs.for_rounds(1, 5) == small
+    for sequences in (2, 4):  # two are a round of four, filled up
+        found = costs.for_rounds(sequences, 5)
+        assert found is not None
+        assert found.verify_ms == {sequences: 3.0, 5 * sequences: 7.0}
+        assert found.draft_level_ms == 0.3
+        assert worth_verifying([0.9] * 4 * sequences, found, 0.1, sequences) == 4 * sequences
+    assert costs.for_rounds(4, 6) is None  # more rows than were timed
+    assert costs.for_rounds(5, 5) is None
+    assert small.for_rounds(2, 3) is None
+    assert small.for_rounds(2, 2) == small
+
+
+def test_a_round_is_as_wide_as_its_own_table_says():
+    """Where one sequence's passes grow with their rows eight sequences' do not, and the reverse."""
+    steep = RoundCosts({rows: 1.0 * rows for rows in range(1, 10)}, 0.01)
+    flat = RoundCosts(dict.fromkeys(range(1, 10), 20.0), 0.01)
+    scores = [-0.7 * i for i in range(1, 9)]
+    for tables, is_wide in (({1: steep, 8: flat}, True), ({1: flat, 8: steep}, False)):
+        drafter = drafting(scores, BatchCosts(tables))
+        alone = width(drafter, behind(0, 1))
+        together = width(drafter, behind(0, *[1] * 8))
+        assert (together > alone) == is_wide
+        assert drafter.costs.num_sequences == 8
+        assert width(drafter, behind(0, *[1] * 9)) == 8  # no table: in full
 
 
 def test_costs_from_the_speculative_config():
@@ -239,6 +334,9 @@ def test_costs_from_the_speculative_config():
     table = {"verify_ms": {"1": 4.0, "4": 7.7}, "draft_level_ms": 0.2}
     assert make({"cost_aware_width": table}).cost_aware_width == RoundCosts({1: 4.0, 4: 7.7}, 0.2)
     assert make({"cost_aware_width": "measured"}).cost_aware_width == "measured"
+    tables = {"by_sequences": {"1": table, "8": {"verify_ms": {"1": 5}}}}
+    expected = BatchCosts({1: RoundCosts({1: 4.0, 4: 7.7}, 0.2), 8: RoundCosts({1: 5})})
+    assert make({"cost_aware_width": tables}).cost_aware_width == expected
 
 
 BAD = [
@@ -249,6 +347,11 @@ BAD = [
     ({"verify_ms": {"1": 0}}, r"verify_ms\[1\]: must be milliseconds, got 0"),
     ({"verify_ms": {"1": "5"}}, r"verify_ms\[1\]: must be milliseconds, got '5'"),
     ({"verify_ms": {"one": 5}}, "rows must be integers >= 1, got 'one'"),
+    ({"by_sequences": {"2": {"verify_ms": {"1": 5}}}}, "needs tables of 1 sequence and of larger"),
+    ({"by_sequences": {"1": {"verify_ms": {"1": 5}}, "x": {"verify_ms": {"1": 5}}}}, "got .1, 'x'"),
+    ({"by_sequences": {"1": 5}}, "by_sequences: must be {"),
+    ({"by_sequences": {"1": {"verify_ms": {"1": 5}}}, "verify_ms": {}}, "stand alone"),
+    ({"by_sequences": {"1": {"verify_ms": {"2": 5}}}}, "needs the time of 1 row, plain decoding"),
     ({"verify_ms": {"1": 5}, "draft_level_ms": -1}, "draft_level_ms: must be milliseconds, got -1"),
 ]
 
