@@ -83,10 +83,14 @@ class Batch:
 
     def join(self, row: int, prompt_ids_T: Tensor, num_cached: int = 0) -> None:
         """A sequence with a known beginning, of which `num_cached` tokens have run."""
-        for column_B in (self.starts_B, self.counts_B, self.is_running_B):
-            column_B[row] = 0
-        self.lengths_B[row] = num_cached
+        self.counts_B[row] = self.is_running_B[row] = 0
+        self.has_run(row, num_cached)
         self.ids_BS[row, : len(prompt_ids_T)] = prompt_ids_T
+
+    def has_run(self, row: int, length: int) -> None:
+        """`length` tokens of a prompt have: a round that is filled up with this row, before its
+        own, writes behind them and nowhere else."""
+        self.lengths_B[row] = self.starts_B[row] = length
 
     def begin(self, row: int, root_T: Tensor, taps_TD: Sequence[Tensor]) -> None:
         """The prompt of sequence `row` has run; `root_T` [1] is chosen behind its last row, whose
@@ -115,8 +119,11 @@ class Batch:
         rows_of(self.roots_B, 0, sequences).copy_(accepted.bonus_B).clamp_(min=0)
         rows_of(self.next_ids_BP, 0, sequences)[:, :width].copy_(ids_BP)
         if keep_ids:
+            # a row that only fills up the round may be one whose prompt is being read
+            is_own_B1 = rows_of(self.is_running_B, 0, sequences)[:, None] > 0
             at_BP = starts_B[:, None] + (1 + counting(width, self.device))
-            rows_of(self.ids_BS, 0, sequences).scatter_(1, at_BP, ids_BP)
+            ids_BS = rows_of(self.ids_BS, 0, sequences)
+            ids_BS.scatter_(1, at_BP, torch.where(is_own_B1, ids_BP, ids_BS.gather(1, at_BP)))
         for own_BPD, tap_BPD in zip(self.taps_BPD, taps_BPD, strict=True):
             rows_of(own_BPD, 0, sequences)[:, :width].copy_(tap_BPD)
         self.width = width

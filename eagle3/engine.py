@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.sequences import Burst, Decoded, Request
+from aerie.eagle3.stats import BatchRound
 
 PREFILL_ROWS = 1024  # rows of prompts between two rounds; bounds their activations
 DEAD_DRAFT = (
@@ -37,6 +38,7 @@ class Report:
     depth: int = 0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
+    launched: str = ""  # where graphs are wanted: "graph", or why a round ran without one
 
     def book(self, decoded: Decoded, num_accepted: int) -> None:
         """Into the statistics of one of the sequences; warns once if the draft seems dead."""
@@ -44,6 +46,8 @@ class Report:
         stats.count_draft(self.num_drafted, num_accepted, self.depth)
         stats.draft_ms += self.draft_ms
         stats.verify_ms += self.verify_ms
+        if self.launched:
+            stats.launches[self.launched] += 1
         if stats.is_at_the_floor and not decoded.has_warned:
             decoded.has_warned = True
             first = 100 * stats.acceptance_per_position[0]
@@ -99,6 +103,7 @@ class Engine:
         self._rows: list[Decoded] = []  # the running ones, then the one that is being read
         self._num_running = 0
         self._unread: deque[Readout] = deque()
+        self.rounds: list[BatchRound] = []
 
     @property
     def has_work(self) -> bool:
@@ -115,15 +120,19 @@ class Engine:
         """Reads some prompts, runs one round, and returns what the host has come to know."""
         start, num_unread = time.perf_counter(), len(self._unread)
         self._read_prompts()
-        if self._num_running:
-            running = self._rows[: self._num_running]
-            self._unread.append(Readout(running, self._passes.round(self._num_running)))
+        prefilled, report, num_running = time.perf_counter(), None, self._num_running
+        if num_running:
+            report = self._passes.round(num_running)
+            self._unread.append(Readout(self._rows[:num_running], report))
         present, is_idle = list(self._rows), len(self._unread) == num_unread
         bursts = self._read(keep=0 if is_idle else self._lag)
         elapsed = 1e3 * (time.perf_counter() - start)
         for decoded in present:
             decoded.stats.total_ms += elapsed
             decoded.stats.end_round()
+        if report is not None:
+            parts = 1e3 * (prefilled - start), report.draft_ms, report.verify_ms
+            self.rounds.append(BatchRound(num_running, *parts, elapsed - sum(parts)))
         return bursts
 
     def cancel(self, decoded: Decoded) -> None:

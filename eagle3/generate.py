@@ -69,7 +69,7 @@ class Speculation:
             start_B, next_ids_T = batch.lengths_B[row : row + 1], self.rows.ids(known)
             prompt = PromptRows(row, start, start_B, next_ids_T, images)
             self.drafter.prefill(prompt, [tap_TD[: len(known)] for tap_TD in verified.taps_TD])
-        batch.lengths_B[row] += end - start
+        batch.has_run(row, end)
         if not is_last:
             return None
         batch.begin(row, verified.target_ids_T, [tap_TD[-1:] for tap_TD in verified.taps_TD])
@@ -128,7 +128,7 @@ class Decodings(Stream):
         self.passes = Speculation(pair, self.rows)
         passes = self.passes
         if cuda_graph_bytes > 0:
-            passes = GraphedRounds(self.passes, cuda_graph_bytes)
+            passes = GraphedRounds(self.passes, requests, cuda_graph_bytes)
         engine = Engine(passes, self.rows, pair.lag)
         super().__init__(engine, [engine.add(request) for request in requests])
 

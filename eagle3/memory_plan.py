@@ -13,9 +13,11 @@ import torch
 from aerie.eagle3.batch import Batch
 from aerie.eagle3.binding import Shared, check_fits, tap_layers
 from aerie.eagle3.checkpoint import OwnParts
+from aerie.eagle3.choice_form import EVERY_FILTER, ChoiceForm
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.engine import PREFILL_ROWS
+from aerie.eagle3.logits_rules import RuleColumns
 from aerie.eagle3.policies import Policy
 from aerie.eagle3.round_memory import GRAPH_MARGIN, round_bytes
 from aerie.eagle3.rows import slack
@@ -37,9 +39,9 @@ CONTEXT = 8192
 class MemoryPlan:
     """Bytes of one run: `context` tokens, prompt included, of each of `batch` sequences.
 
-    `columns` are what the loop knows of every sequence. `activations` are the most that one pass of
-    the target keeps between its operations, on Triton's backend (0 on the eager one: not planned),
-    and `cuda_graphs` what captured rounds may take (0 where none are to be captured).
+    `columns` are what the loop knows of every sequence, its rules included. `activations` are the
+    most that one pass of the target keeps between its operations, on Triton's backend (0 on the
+    eager one: not planned), and `cuda_graphs` what captured rounds may take (0: none are captured).
     """
 
     context: int
@@ -79,8 +81,8 @@ class DraftPlan:
 class Run:
     """How a pair is going to run; without a draft there is no `policy`.
 
-    `lag` rounds run ahead of the host (`rows.lag_on`). Of a target that is cut, this is the rank
-    with the draft; `draft_size` is 1 or the target's.
+    `lag` rounds run ahead of the host (`rows.lag_on`), and choose as `choice` says. Of a target
+    that is cut, this is the rank with the draft; `draft_size` is 1 or the target's.
     """
 
     dtype: torch.dtype
@@ -91,6 +93,7 @@ class Run:
     shard: Shard = WHOLE
     draft_size: int = 1
     lag: int = 0
+    choice: ChoiceForm = EVERY_FILTER
     has_graphs: bool = False
 
     @property
@@ -254,7 +257,10 @@ class MemoryPlanner:
         num_taps = 0 if self.draft is None else self.draft.config.num_taps
         slots, width, meta = self._slots(context), self.target.hidden_size, torch.device("meta")
         columns = Batch(batch, slots, depth + 1, num_taps, width, self.run.dtype, meta).columns
-        return sum(column.nbytes for column in columns)
+        own_ids = self.run.shard.part(self.target.vocab_size)
+        rules = RuleColumns(batch, range(own_ids.start, own_ids.stop), meta)
+        rules.reserve(self.run.choice.rules)
+        return sum(column.nbytes for column in (*columns, *rules.columns))
 
     def _cuda_graphs(self, batch: int) -> int:
         return GRAPH_MARGIN * _round_bytes(self, batch) if self.run.has_graphs else 0
@@ -278,7 +284,7 @@ def activations(planner: MemoryPlanner, num_rows: int, all_logits: bool) -> int:
 
 @lru_cache(maxsize=256)
 def _round_bytes(planner: MemoryPlanner, batch: int) -> int:
-    return round_bytes(*planner.empty_pair(), planner.run.policy, batch)
+    return round_bytes(*planner.empty_pair(), planner.run.policy, batch, planner.run.choice)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -5,57 +5,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aerie.llama4.device_steps import counting
+
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Rows of one sequence, whose first `num_known` ids are known; the last of them is row 0's, the
-    root's. Letters: T rows, S positions (ids behind the known ones are anything in the vocabulary).
+    """N rows of each of B sequences, whose first `num_known_B` ids are known; the last of them is
+    row 0's, the root's. S positions; ids behind the known ones are anything in the vocabulary.
 
-    Row t continues the known tokens and the drafted ones on its path, itself included.
+    A row continues the known tokens and the drafted ones on its path, itself included.
     """
 
-    ids_S: Tensor
-    num_known: Tensor  # a number that only the device knows
-    num_prompt: int
-    tokens_T: Tensor
-    parents_T: Tensor  # rows; the root's is not used
-    depths_T: Tensor  # drafted tokens on the path of each row
+    ids_BS: Tensor
+    num_known_B: Tensor
+    num_prompt_B: Tensor
+    tokens_BN: Tensor
+    parents_BN: Tensor  # rows; the root's is not used
+    depths_BN: Tensor  # drafted tokens on the path of each row
+    words_BN: Tensor | None  # ancestors, a bit per row; None: a chain
 
     @property
-    def num_output_T(self) -> Tensor:
+    def num_output_BN(self) -> Tensor:
         """Generated tokens in each row's prefix."""
-        return self.depths_T + (self.num_known - self.num_prompt)
+        return self.depths_BN + (self.num_known_B - self.num_prompt_B)[:, None]
 
-    def known_since(self, first: int) -> Tensor:
-        """[S], whether an id is known and stands at position `first` or later."""
-        position_S = torch.arange(len(self.ids_S), device=self.ids_S.device)
-        return (position_S >= first) & (position_S < self.num_known)
+    def known_since(self, first_B: Tensor) -> Tensor:
+        """[B, S], whether an id is known and stands at its sequence's `first` or later."""
+        position_S = counting(self.ids_BS.shape[1], self.ids_BS.device)
+        return (position_S >= first_B[:, None]) & (position_S < self.num_known_B[:, None])
 
-    def drafted_TT(self) -> Tensor:
-        """Whether row j, not the root, lies on the path of row t."""
-        own_TT = torch.eye(len(self.tokens_T), dtype=torch.bool, device=self.tokens_T.device)
-        parents_T = self.parents_T.clamp(min=0)
-        path_TT = own_TT
-        for _ in range(len(self.tokens_T) - 1):  # paths are at most that long
-            path_TT = own_TT | path_TT[parents_T]
-        path_TT = path_TT.clone()
-        path_TT[:, 0] = False
-        return path_TT
+    def drafted_BNN(self) -> Tensor:
+        """1 where row j, not the root, lies on the path of row i."""
+        rows_N = counting(self.tokens_BN.shape[1], self.tokens_BN.device)
+        if self.words_BN is None:
+            path_BNN = (rows_N[:, None] >= rows_N).long().expand(len(self.tokens_BN), -1, -1)
+        else:
+            path_BNN = (self.words_BN[:, :, None] >> rows_N) & 1
+        return path_BNN * (rows_N > 0)
 
     def last_tokens(self, count: int) -> Tensor:
-        """[T, count], the last tokens of each prefix in reading order; -1 before its start."""
-        parents_T, columns = self.parents_T.clamp(min=0), []
-        row_T = torch.arange(len(self.tokens_T), device=self.tokens_T.device)
+        """[B, N, count], the last tokens of each prefix in reading order; -1 before its start."""
+        parents_BN, last = self.parents_BN.clamp(min=0), self.ids_BS.shape[1] - 1
+        rows_N = counting(self.tokens_BN.shape[1], self.tokens_BN.device)
+        row_BN = rows_N.expand_as(self.tokens_BN)
+        tails_BNC = self.tokens_BN.new_empty(*self.tokens_BN.shape, count)
         for back in range(count):
-            position_T = self.num_known - 1 + self.depths_T - back
-            known_T = self.ids_S[position_T.clamp(0, len(self.ids_S) - 1)]
-            known_T = torch.where(position_T >= 0, known_T, -1)
-            columns.append(torch.where(self.depths_T > back, self.tokens_T[row_T], known_T))
-            row_T = parents_T[row_T]
-        return torch.stack(columns[::-1], dim=1)
+            position_BN = self.num_known_B[:, None] - 1 + self.depths_BN - back
+            known_BN = self.ids_BS.gather(1, position_BN.clamp(0, last))
+            known_BN = torch.where(position_BN >= 0, known_BN, -1)
+            drafted_BN = self.tokens_BN.gather(1, row_BN)
+            is_drafted_BN = self.depths_BN > back
+            tails_BNC[:, :, count - 1 - back] = torch.where(is_drafted_BN, drafted_BN, known_BN)
+            row_BN = parents_BN.gather(1, row_BN)
+        return tails_BNC
+
+    def of(self, sequence: int) -> "Prefixes":
+        """Those of one sequence."""
+        own = slice(sequence, sequence + 1)
+        return Prefixes(
+            self.ids_BS[own],
+            self.num_known_B[own],
+            self.num_prompt_B[own],
+            self.tokens_BN[own],
+            self.parents_BN[own],
+            self.depths_BN[own],
+            None if self.words_BN is None else self.words_BN[own],
+        )
 
     def whole(self, depth: int) -> Tensor:
-        """[rows of `depth`, length], whole prefixes, which have one length. Reads the device."""
-        rows = (self.depths_T == depth).nonzero().flatten()
-        ids = self.ids_S[: int(self.num_known)].expand(len(rows), -1)
-        return torch.cat((ids, self.last_tokens(depth)[rows]), dim=1) if depth else ids
+        """[rows of `depth`, length] of one sequence, whole prefixes, which have one length. Reads
+        the device."""
+        rows = (self.depths_BN[0] == depth).nonzero().flatten()
+        ids = self.ids_BS[:, : int(self.num_known_B)].expand(len(rows), -1)
+        return torch.cat((ids, self.last_tokens(depth)[0, rows]), dim=1) if depth else ids

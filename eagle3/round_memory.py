@@ -7,9 +7,9 @@ fragments: `GRAPH_MARGIN` is for that, and no GPU has confirmed it.
 
 import torch
 
+from aerie.eagle3.choice_form import ChoiceForm
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import Speculation
-from aerie.eagle3.graphs import ALL_FILTERS
 from aerie.eagle3.policies import Chain, Policy
 from aerie.eagle3.rows import Pair, Rows
 from aerie.llama4.live_memory import LiveMemory
@@ -25,8 +25,9 @@ def round_bytes(
     draft: Eagle3Llama4ForCausalLM | None,
     policy: Policy | None,
     sequences: int,
+    form: ChoiceForm,
 ) -> int:
-    """The most that a sampled round of so many sequences keeps between its operations.
+    """The most that a round of so many sequences keeps between its operations.
 
     `target` and `draft`, bound to each other, are on the meta device.
     """
@@ -35,8 +36,10 @@ def round_bytes(
     speculation = Speculation(pair, rows)
     rows.batch.width = rows.batch.max_path
     stored = [x for cache in rows.caches for pool in cache.pools for x in pool.tensors]
-    existing = [*_tensors(target), *_tensors(draft), *stored, *rows.batch.columns]
-    with rows.sampler.all_rows_as(ALL_FILTERS):
+    rows.sampler.rules.reserve(form.rules)
+    held = [*rows.batch.columns, *rows.sampler.rules.columns]
+    existing = [*_tensors(target), *_tensors(draft), *stored, *held]
+    with rows.sampler.all_rows_as(form):
         speculation.round(sequences)  # builds what is built once
         with LiveMemory(existing) as live:
             speculation.round(sequences)

@@ -69,7 +69,8 @@ class Draws:
         first = self._probs[0][1]
         probs_BNU = first.new_zeros(len(first), len(parents), first.shape[2])
         for rows, probs_BEU in self._probs:
-            probs_BNU[:, list(rows)] = probs_BEU
+            for row, probs_BU in zip(rows, probs_BEU.unbind(1), strict=True):
+                probs_BNU[:, row] = probs_BU  # one by one: a list of rows would be copied over
         self._probs = []
         children_NS, ranks_N = _children(tuple(parents), first.device)
         return Drawn(children_NS, ranks_N, probs_BNU, self._ids_U)

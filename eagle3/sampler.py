@@ -5,18 +5,21 @@ tree, the batch or the pass (draw-and-match, contract 7.1): so the text is the s
 without a draft, whatever the draft proposes and whoever runs beside.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from aerie.eagle3.logits_rules import Rule, rules_of
+from aerie.eagle3.choice_form import GREEDY, ChoiceForm, common_form
+from aerie.eagle3.filter_columns import FilterColumns
+from aerie.eagle3.logits_processors import processed
+from aerie.eagle3.logits_rules import RuleColumns
 from aerie.eagle3.noise import coins
 from aerie.eagle3.prefixes import Prefixes
 from aerie.eagle3.rejection import Drawn, walk
-from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.sampling import LogitsProcessor, SamplingParams
 from aerie.eagle3.sharded_choice import ShardedChoice
 from aerie.kernels.argmax import argmax, argmax_ref
 from aerie.kernels.backend import ResolvedBackend, pick
@@ -26,8 +29,6 @@ from aerie.kernels.target_probs import target_probs, target_probs_ref
 from aerie.llama4.cache import DeviceTree
 from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.kv_pool import rows_of
-
-GREEDY = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ class ChoiceRows:
 
 @dataclass(frozen=True)
 class _Request:
-    params: SamplingParams
-    rules: list[Rule]
-    num_prompt: int
+    form: ChoiceForm = GREEDY
+    processors: Sequence[LogitsProcessor] = ()
 
 
 class Sampler:
@@ -69,8 +69,11 @@ class Sampler:
         self._own_ids, self._sharded = range(part.start, part.stop), None
         if communicator is not None:
             self._sharded = ShardedChoice(communicator, vocab_size, backend)
-        self._requests = [_Request(GREEDY, [], 0)] * capacity
-        self._columns = _Columns.zeros(capacity, device)
+        self._requests = [_Request()] * capacity
+        self._filters = FilterColumns(capacity, device)
+        self.rules = RuleColumns(capacity, self._own_ids, device)
+        self._fixed: ChoiceForm | None = None
+        self._forms: dict[tuple[int, int], ChoiceForm] = {}  # of the requests as they stand
         self._argmax = pick(backend, argmax, argmax_ref)
         self._row_filter = pick(backend, row_filter, row_filter_ref)
         self._draw = pick(backend, draw, draw_ref)
@@ -80,25 +83,38 @@ class Sampler:
         self, row: int, params: SamplingParams, seed: int, end_ids: Iterable[int], num_prompt: int
     ) -> None:
         """Sequence `row` follows `params` from now on; `end_ids` are what min_tokens holds back."""
-        rules = rules_of(params, end_ids, self._own_ids, self._device)
-        self._requests[row] = _Request(params, rules, num_prompt)
-        self._columns.set(row, params, seed)
+        ends = list(end_ids)
+        form = ChoiceForm.of(params, ends)
+        self._requests[row] = _Request(form, params.logits_processors)
+        self._forms.clear()
+        self._filters.join(row, params, seed)
+        self.rules.join(row, params, ends, num_prompt)
 
     def move(self, source: int, target: int) -> None:
         self._requests[target] = self._requests[source]
-        self._columns.move(source, target)
+        self._forms.clear()
+        self._filters.move(source, target)
+        self.rules.move(source, target)
 
-    def is_greedy(self, sequences: int) -> bool:
-        """Whether none of the first `sequences` is sampled."""
-        return all(request.params.is_greedy for request in self._requests[:sequences])
+    def form(self, sequences: int, first: int = 0) -> ChoiceForm:
+        """How `sequences` from row `first` on are chosen for."""
+        if self._fixed is not None:
+            return self._fixed
+        if (sequences, first) not in self._forms:
+            own = self._requests[first : first + sequences]
+            self._forms[sequences, first] = common_form(request.form for request in own)
+        return self._forms[sequences, first]
+
+    def has_processors(self, sequences: int) -> bool:
+        """Whether any of the first `sequences` is judged by Python on the host."""
+        return any(request.processors for request in self._requests[:sequences])
 
     @contextmanager
-    def all_rows_as(self, params: SamplingParams) -> Iterator[None]:
-        """The operations that `params` take, for all rows; the numbers stay the columns'."""
-        requests = self._requests
-        self._requests = [_Request(params, [], 0)] * len(requests)
+    def all_rows_as(self, form: ChoiceForm) -> Iterator[None]:
+        """Chooses for every row in this form, whatever is asked; the numbers stay the tables'."""
+        self._fixed = form
         yield
-        self._requests = requests
+        self._fixed = None
 
     @property
     def is_cut(self) -> bool:
@@ -107,7 +123,7 @@ class Sampler:
 
     def needs_ids(self, sequences: int) -> bool:
         """Whether any of the first `sequences` is judged by its prefix."""
-        return any(request.rules for request in self._requests[:sequences])
+        return bool(self.form(sequences).rules) or self.has_processors(sequences)
 
     def choose(
         self, logits_TV: Tensor, rows: ChoiceRows, drawn: Drawn | None = None, depth: int = 0
@@ -117,17 +133,20 @@ class Sampler:
         Of trees that were `drawn`, of `depth` levels, the tokens behind the rows that rejection
         accepts: what is emitted is distributed as the target's own choice, and is not the same.
         """
-        requests = self._requests[rows.first : rows.first + len(rows.tokens_BN)]
-        if any(request.rules for request in requests):
-            logits_TV = self._ruled(logits_TV.float(), rows, requests)
+        sequences, count = rows.tokens_BN.shape
+        form = self.form(sequences, rows.first)
+        requests = self._requests[rows.first : rows.first + sequences]
+        if form.rules or any(request.processors for request in requests):
+            logits_TV = self._judged(logits_TV.float(), rows, requests, form)
         if self._sharded is not None:
-            return self._from_columns(self._sharded, logits_TV, rows, requests)
-        if all(request.params.is_greedy for request in requests):
+            return self._from_columns(self._sharded, logits_TV, rows, form)
+        if form.is_greedy:
             return self._argmax(logits_TV)
-        kept = self._kept(logits_TV, rows.first, requests)
+        filters = self._filters.of_rows(rows.first, sequences, count, form)
+        kept = self._row_filter(logits_TV, *filters)
         if drawn is not None:
             return self._accepted(logits_TV, kept, rows, drawn, depth)
-        seeds_B = rows_of(self._columns.seeds_B, rows.first, len(requests))
+        seeds_B = self._filters.seeds(rows.first, sequences)
         return self._drawn(logits_TV, rows.positions_T + 1, kept, seeds_B)
 
     def _drawn(
@@ -142,7 +161,7 @@ class Sampler:
         (sequences, count), vocabulary = rows.tokens_BN.shape, logits_TV.shape[1]
         first_B = torch.arange(0, sequences * count, count, device=self._device)
         ids_V = torch.arange(vocabulary, device=self._device).expand(sequences, -1)
-        seeds_B = rows_of(self._columns.seeds_B, rows.first, sequences)
+        seeds_B = self._filters.seeds(rows.first, sequences)
         positions_BN = rows.positions_T.view(sequences, count)
 
         def p_of_rows(row_B: Tensor) -> Tensor:
@@ -160,100 +179,41 @@ class Sampler:
 
     def temperatures_and_seeds(self, sequences: int) -> tuple[Tensor, Tensor]:
         """Of the first `sequences`; temperature 0 is greedy."""
-        columns = self._columns
-        return rows_of(columns.temperature_B, 0, sequences), rows_of(columns.seeds_B, 0, sequences)
+        return self._filters.temperatures(0, sequences), self._filters.seeds(0, sequences)
 
-    def _ruled(self, logits_TV: Tensor, rows: ChoiceRows, requests: list[_Request]) -> Tensor:
-        count, parts = rows.tokens_BN.shape[1], logits_TV.split(rows.tokens_BN.shape[1])
-        ruled, shape = list(parts), rows.shape
-        for b, request in enumerate(requests):
-            if not request.rules:
-                continue
-            prefixes = Prefixes(
-                self._ids_BS[rows.first + b],
-                rows.lengths_B[b] + 1,
-                request.num_prompt,
-                rows.tokens_BN[b],
-                _of_sequence(shape.parents_N, b),
-                _of_sequence(shape.depths_N, b),
-            )
-            for rule in request.rules:
-                ruled[b] = rule(ruled[b], prefixes)
-        assert all(len(part) == count for part in ruled)
-        return torch.cat(ruled)
+    def _judged(
+        self, logits_TV: Tensor, rows: ChoiceRows, requests: list[_Request], form: ChoiceForm
+    ) -> Tensor:
+        (sequences, count), shape = rows.tokens_BN.shape, rows.shape
+
+        def of_all(values_N: Tensor) -> Tensor:
+            return values_N.expand(sequences, count)
+
+        prefixes = Prefixes(
+            rows_of(self._ids_BS, rows.first, sequences),
+            rows.lengths_B + 1,
+            rows_of(self.rules.num_prompt_B, rows.first, sequences),
+            rows.tokens_BN,
+            of_all(shape.parents_N),
+            of_all(shape.depths_N),
+            None if shape.words_N is None else of_all(shape.words_N),
+        )
+        logits_BNV = logits_TV.view(sequences, count, -1)
+        logits_BNV = self.rules.judged(logits_BNV, prefixes, rows.first, form.rules)
+        if any(request.processors for request in requests):
+            judged = list(logits_BNV.unbind())
+            for b, request in enumerate(requests):
+                for processor in request.processors:
+                    judged[b] = processed(processor, judged[b], prefixes.of(b))
+            logits_BNV = torch.stack(judged)
+        return logits_BNV.flatten(0, 1)
 
     def _from_columns(
-        self,
-        sharded: ShardedChoice,
-        logits_TV: Tensor,
-        rows: ChoiceRows,
-        requests: list[_Request],
+        self, sharded: ShardedChoice, logits_TV: Tensor, rows: ChoiceRows, form: ChoiceForm
     ) -> Tensor:
-        if all(request.params.is_greedy for request in requests):
+        if form.is_greedy:
             return sharded.greedy(logits_TV)
-        seeds_B = rows_of(self._columns.seeds_B, rows.first, len(requests))
-        seeds_T = seeds_B.repeat_interleave(rows.tokens_BN.shape[1])
-        filters = self._filters(len(logits_TV), rows.first, requests)
+        sequences, count = rows.tokens_BN.shape
+        seeds_T = self._filters.seeds(rows.first, sequences).repeat_interleave(count)
+        filters = self._filters.of_rows(rows.first, sequences, count, form)
         return sharded.drawn(logits_TV, seeds_T, rows.positions_T + 1, *filters)
-
-    def _kept(self, logits_TV: Tensor, first: int, requests: list[_Request]) -> RowFilter:
-        return self._row_filter(logits_TV, *self._filters(len(logits_TV), first, requests))
-
-    def _filters(
-        self, num_rows: int, first: int, requests: list[_Request]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Temperature, top-k, top-p and min-p of every row.
-
-        A filter that no sequence asks for is left out; for others its column says off.
-        """
-        sequences, columns = len(requests), self._columns
-        rows = num_rows // sequences
-
-        def of_rows(column_B: Tensor) -> Tensor:
-            return rows_of(column_B, first, sequences).repeat_interleave(rows)
-
-        def if_any(is_on: Callable[[SamplingParams], bool], column_B: Tensor) -> Tensor | None:
-            return of_rows(column_B) if any(is_on(r.params) for r in requests) else None
-
-        return (
-            of_rows(columns.temperature_B),
-            if_any(lambda params: params.top_k > 0, columns.top_k_B),
-            if_any(lambda params: params.top_p < 1, columns.top_p_B),
-            if_any(lambda params: params.min_p > 0, columns.min_p_B),
-        )
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The numbers of `SamplingParams`, one row per sequence."""
-
-    temperature_B: Tensor
-    top_k_B: Tensor
-    top_p_B: Tensor
-    min_p_B: Tensor
-    seeds_B: Tensor
-
-    @classmethod
-    def zeros(cls, capacity: int, device: torch.device) -> "_Columns":
-        def column(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(capacity, dtype=dtype, device=device)
-
-        real, whole = torch.float32, torch.int64
-        return cls(column(real), column(whole), column(real), column(real), column(whole))
-
-    def set(self, row: int, params: SamplingParams, seed: int) -> None:
-        self.temperature_B[row] = 0.0 if params.is_greedy else params.temperature
-        self.top_k_B[row] = params.top_k
-        self.top_p_B[row] = params.top_p
-        self.min_p_B[row] = params.min_p
-        self.seeds_B[row] = seed
-
-    def move(self, source: int, target: int) -> None:
-        for name in self.__dataclass_fields__:
-            column_B = getattr(self, name)
-            column_B[target] = column_B[source]
-
-
-def _of_sequence(values_N: Tensor, sequence: int) -> Tensor:
-    """Sequence's row of [B, N]; [N] is the same for all of them."""
-    return values_N if values_N.ndim == 1 else values_N[sequence]

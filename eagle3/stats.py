@@ -1,7 +1,8 @@
 """What a generation did: passes, acceptance and time, in the field's own terms."""
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,6 +18,17 @@ class Round:
 
     num_drafted: int
     num_accepted: int
+    draft_ms: float
+    verify_ms: float
+    other_ms: float
+
+
+@dataclass(frozen=True)
+class BatchRound:
+    """One round of several sequences, and the prompts read before it: milliseconds of its parts."""
+
+    num_running: int
+    prefill_ms: float
     draft_ms: float
     verify_ms: float
     other_ms: float
@@ -44,8 +56,25 @@ class Stats:
     verify_ms: float = 0.0
     total_ms: float = 0.0
     rounds: list[Round] = field(default_factory=list)
+    launches: Counter[str] = field(default_factory=Counter)  # rounds by `Report.launched`
     _counted: tuple[int, int] | None = None  # drafted and accepted in the round under way
     _before: tuple[float, float, float] = (0.0, 0.0, 0.0)  # draft, verify, other up to it
+
+    @classmethod
+    def of_all(cls, parts: Iterable["Stats"]) -> "Stats":
+        """Acceptance of several generations together, without their times."""
+        result = cls()
+        for part in parts:
+            result.num_tokens += part.num_tokens
+            result.num_target_passes += part.num_target_passes
+            result.num_drafts += part.num_drafts
+            result.num_draft_tokens += part.num_draft_tokens
+            result._add_positions(len(part.drafted_at))
+            for position in range(len(part.drafted_at)):
+                result.drafted_at[position] += part.drafted_at[position]
+                result.reached_at[position] += part.reached_at[position]
+                result.accepted_at[position] += part.accepted_at[position]
+        return result
 
     def count_draft(
         self, num_drafted: int, num_accepted: int, num_levels: int | None = None
@@ -58,12 +87,15 @@ class Stats:
             return
         self.num_drafts += 1
         self.num_draft_tokens += num_drafted
-        for counts in (self.drafted_at, self.reached_at, self.accepted_at):
-            counts += [0] * (num_levels - len(counts))
+        self._add_positions(num_levels)
         for position in range(num_levels):
             self.drafted_at[position] += 1
             self.reached_at[position] += position <= num_accepted
             self.accepted_at[position] += position < num_accepted
+
+    def _add_positions(self, count: int) -> None:
+        for counts in (self.drafted_at, self.reached_at, self.accepted_at):
+            counts += [0] * (count - len(counts))
 
     @contextmanager
     def timed(self, part: Literal["prefill", "draft", "verify", "total"]) -> Iterator[None]:

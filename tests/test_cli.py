@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from aerie import batch_run, report
 from aerie.cli import app
 from aerie.eagle3.generate import Decoding
+from aerie.eagle3.graphs import GRAPH, PROCESSORS
+from aerie.eagle3.stats import Stats
 from aerie.embedded import DRAFT, TARGET
 from aerie.llama4.model import Llama4ForCausalLM
-from aerie.progress import reading_prompt
+from aerie.progress import decoding, reading_prompt
+from aerie.run import Outcome
 from aerie.text import TextStream
 
 STATS = {
@@ -192,11 +197,102 @@ def test_statistics():
     assert "distinct_experts_per_layer" not in generate("--prompt", "A", "--json").stdout
 
 
+def test_statistics_say_which_rounds_were_replayed():
+    stats = Stats()
+    assert "cuda_graphs" not in report.stats_as_dict(stats)
+    stats.launches.update({GRAPH: 7, PROCESSORS: 2})
+    told = report.stats_as_dict(stats)["cuda_graphs"]
+    assert told == {"num_replayed": 7, "num_eager": {PROCESSORS: 2}}
+    table = report.as_table(Outcome("", [], "length", stats, None, None))
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(table)
+    assert f"7; 2 not: {PROCESSORS}" in shown.getvalue()
+
+
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="the extra aerie[plot]")
 def test_plot(tmp_path):
     picture = tmp_path / "out.png"
     assert generate("--prompt", "A class", "--plot", str(picture)).exit_code == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="the extra aerie[plot]")
+def test_plot_of_a_batch(tmp_path):
+    (tmp_path / "prompts").write_text("The with statement\nA class\ndef f(x):")
+    picture = tmp_path / "out.svg"
+    asked = ("--prompt-file", str(tmp_path / "prompts"), "--lines", "--plot", str(picture))
+    assert generate(*asked, "--json").exit_code == 0
+    assert "<svg" in picture.read_text()
+
+
+class Axes:
+    """Takes what a picture draws, whatever it is."""
+
+    def __init__(self) -> None:
+        self.bars, self.steps, self.set_to = [], [], {}
+
+    def bar(self, _, heights, label="", **options):
+        self.bars.append((label, heights))
+
+    def step(self, _, heights, where):
+        self.steps.append(heights)
+
+    def set(self, **values):
+        self.set_to |= values
+
+    def __getattr__(self, name):
+        return lambda *given, **named: None
+
+
+def test_what_the_picture_of_a_batch_shows(tmp_path, monkeypatch):
+    """Acceptance of all sequences together, every round's time once, and how many ran in it."""
+    axes = [Axes(), Axes(), Axes()]
+    figure = SimpleNamespace(subplots=lambda *_: axes, savefig=lambda *given, **named: None)
+    made = SimpleNamespace(Figure=lambda **options: figure)
+    monkeypatch.setattr("aerie.plotting.import_module", lambda name: made)
+    monkeypatch.setattr("aerie.plotting.check", lambda path: None)
+    seen = []
+    run = batch_run.run_batch
+    monkeypatch.setattr(
+        "aerie.commands.generate.run_batch",
+        lambda *given: seen.append(run(*given)) or seen[-1],
+    )
+    (tmp_path / "prompts").write_text("The with statement\nA class\ndef f(x):")
+    asked = ("--prompt-file", str(tmp_path / "prompts"), "--lines", "--max-batch-size", "2")
+    result = generate(*asked, "--plot", str(tmp_path / "out.png"), "--json")
+    assert result.exit_code == 0, result.stderr
+    (batch,), printed = seen, json.loads(result.stdout)
+    accepted, drafts = (sum(one["stats"][name] for one in printed)
+                        for name in ("num_accepted_tokens", "num_drafts"))  # fmt: skip
+    ((_, shares),) = axes[0].bars
+    assert sum(shares) == pytest.approx(accepted / drafts)
+    assert [label for label, _ in axes[1].bars] == ["prefill", "draft", "verify", "other"]
+    total = sum(sum(heights) for _, heights in axes[1].bars)
+    assert total == pytest.approx(sum(one.prefill_ms + one.draft_ms + one.verify_ms + one.other_ms
+                                      for one in batch.rounds))  # fmt: skip
+    assert axes[2].steps == [[one.num_running for one in batch.rounds]]
+    assert max(axes[2].steps[0]) == 2
+    in_rounds = sum(len(one["stats"]["rounds"]["num_drafted"]) for one in printed)
+    assert sum(axes[2].steps[0]) == in_rounds
+
+
+def test_a_batch_shows_how_far_it_is_on_a_terminal_only(tmp_path):
+    written = {}
+    for is_terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=is_terminal, width=80)
+        with decoding(7, console) as told:
+            assert (told is None) != is_terminal
+            if told is not None:
+                told(2, 31)
+        written[is_terminal] = file.getvalue()
+    assert "2/7" in written[True]
+    assert "31 tokens" in written[True]
+    assert written[False] == ""
+    (tmp_path / "prompts").write_text("A class\nimport os")
+    result = generate("--prompt-file", str(tmp_path / "prompts"), "--lines", "--json")
+    assert result.stderr.startswith("memory: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_plot_that_cannot_be_drawn_is_refused_before_decoding(tmp_path, monkeypatch):

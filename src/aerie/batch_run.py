@@ -1,25 +1,32 @@
 """Several prompts of one `aerie generate`, decoded side by side."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
 
 from aerie.eagle3.generate import Decodings, Generation, generate
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sequences import Request as Asked
+from aerie.eagle3.stats import BatchRound
 from aerie.loading import Loaded
+from aerie.progress import decoding
 from aerie.request import Request
-from aerie.run import Outcome, image_features, with_bad_words
+from aerie.run import Outcome, image_features
 from aerie.text import TextStream
 
 
-def run_batch(
-    request: Request, loaded: Loaded, on_end: Callable[[int, int], None] | None = None
-) -> list[Outcome]:
-    """Outcomes in the order of the prompts; `on_end` is told how many of how many have ended.
+@dataclass(frozen=True)
+class BatchOutcome:
+    """What came out of every prompt, in their order, and the rounds that they shared."""
 
-    Prompt i is sampled with the seed + i.
-    """
+    outcomes: list[Outcome]
+    rounds: list[BatchRound]
+
+
+def run_batch(request: Request, loaded: Loaded, console: Console) -> BatchOutcome:
+    """Prompt i is sampled with the seed + i. `console` shows how many have ended."""
     target, tokenizer = loaded.target.get_language_model(), loaded.tokenizer
-    sampling = with_bad_words(request, tokenizer)
+    sampling = request.sampling_with(tokenizer)
     asked = [
         Asked.checked(
             target,
@@ -31,7 +38,8 @@ def run_batch(
         )
         for number, prompt in enumerate(loaded.prompts)
     ]
-    policy = request.speculation.policy_on(target, loaded.draft)
+    most = max(1, min(request.max_batch_size, len(asked)))
+    policy = request.speculation.policy_on(target, loaded.draft, most)
     decodings = Decodings(
         Pair(target, loaded.draft, policy),
         asked,
@@ -40,11 +48,13 @@ def run_batch(
         loaded.budget.kv_cache_bytes,
         loaded.budget.cuda_graph_bytes,
     )
-    num_ended = 0
-    for number, _ in decodings:
-        if decodings.decoded[number].finish_reason is not None and on_end is not None:
-            num_ended += 1
-            on_end(num_ended, len(asked))
+    num_ended = num_tokens = 0
+    with decoding(len(asked), console) as told:
+        for number, burst in decodings:
+            num_ended += decodings.decoded[number].finish_reason is not None
+            num_tokens += len(burst)
+            if told is not None:
+                told(num_ended, num_tokens)
     plain = _plain(request, loaded, asked) if request.check else [None] * len(asked)
     outcomes = []
     for decoded, other in zip(decodings.decoded, plain, strict=True):
@@ -63,7 +73,7 @@ def run_batch(
                 error=decoded.error,
             )
         )
-    return outcomes
+    return BatchOutcome(outcomes, decodings.engine.rounds)
 
 
 def _plain(request: Request, loaded: Loaded, asked: list[Asked]) -> list[Generation]:

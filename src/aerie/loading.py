@@ -73,7 +73,7 @@ def load(request: Request, console: Console, group: ProcessGroup | None = None) 
         for asked, pictures in zip(request.prompts, batch_images, strict=True)
     )
     longest = max(len(one.ids) for one in (prompt, *prompts))
-    budget = _plan(request, folder, drafts, longest, console)
+    budget = _plan(request, folder, drafts, tokenizer, longest, console)
     if group is not None and has_images:
         raise ValueError("images: a target that is cut over ranks reads none; use one process")
     with loading("target", console) as progress:
@@ -105,7 +105,12 @@ def load(request: Request, console: Console, group: ProcessGroup | None = None) 
 
 
 def _plan(
-    request: Request, folder: Path, draft: Path | None, num_prompt_ids: int, console: Console
+    request: Request,
+    folder: Path,
+    draft: Path | None,
+    tokenizer: Tokenizer,
+    num_prompt_ids: int,
+    console: Console,
 ) -> Budget:
     """Raises ValueError where what is asked cannot fit into `--memory-fraction` of the device, or
     into what a GPU has left."""
@@ -121,6 +126,7 @@ def _plan(
         shard=Shard(rank(), request.tensor_parallel_size, request.expert_parallel),
         with_vision=bool(request.images) or any(asked.images for asked in request.prompts),
         lag=lag_on(request.device),
+        sampling=request.sampling_with(tokenizer),
         cuda_graphs=request.cuda_graphs,
     )
     wanted = num_prompt_ids + request.max_new_tokens

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from aerie.eagle3.checkpoint import OwnParts, own_parts, tensor_names
+from aerie.eagle3.choice_form import EVERY_FILTER, ChoiceForm
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.memory_plan import DraftPlan, MemoryPlan, MemoryPlanner, Run
 from aerie.eagle3.parallel_draft import check_draft_size
+from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.kernels.backend import ResolvedBackend
 from aerie.llama4.config import Llama4Config, is_multimodal
@@ -35,12 +37,14 @@ def make_planner(
     with_vision: bool = True,
     shard: Shard = WHOLE,
     lag: int = 0,
+    sampling: SamplingParams | None = None,
     cuda_graphs: bool = False,
 ) -> MemoryPlanner:
     """From the folders' configs; of tensors only headers are read, if the folders have some.
 
     With a `shard` the plan is that rank's, whose draft is here on rank 0 or where it is cut too.
-    `lag` rounds run ahead of the host, and with `cuda_graphs` they are captured.
+    `lag` rounds run ahead of the host, and with `cuda_graphs` they are captured. `sampling` None
+    takes all filters and no rules.
 
     A multimodal target counts `with_vision` or, for prompts without images, without. Raises
     CheckpointError for what could not be loaded so either.
@@ -65,6 +69,7 @@ def make_planner(
         shard,
         draft_size,
         lag,
+        EVERY_FILTER if sampling is None else ChoiceForm.of(sampling, config.eos_token_ids),
         cuda_graphs,
     )
     vision = _vision_bytes(target, dtype) if with_vision and shard.size == 1 else 0

@@ -1,14 +1,16 @@
-"""The picture of `aerie generate --plot`: acceptance by position, and the time of every round.
+"""The picture of `aerie generate --plot`: acceptance by position, and the time of every round; of a
+batch also how many of its sequences ran in each.
 
 matplotlib draws it and is an extra, `pip install 'aerie[plot]'`; nothing else needs it.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from aerie.eagle3.stats import Stats
+from aerie.eagle3.stats import BatchRound, Round, Stats
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -32,6 +34,20 @@ def draw(stats: Stats, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_batch(stats: Sequence[Stats], rounds: Sequence[BatchRound], path: Path) -> None:
+    """Writes the picture of a batch: acceptance of its sequences together, rounds they shared."""
+    figure = import_module("matplotlib.figure").Figure(figsize=(15, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _acceptance(left, Stats.of_all(stats))
+    _stack(middle, rounds, ("prefill_ms", "draft_ms", "verify_ms", "other_ms"))
+    middle.legend(loc="upper right")
+    running = [one.num_running for one in rounds]
+    right.step(range(1, len(running) + 1), running, where="mid")
+    right.set(xlabel="round", ylabel="sequences in flight", ylim=(0, max([1, *running]) * 1.1))
+    right.set_title(f"{len(stats)} sequences, {sum(one.num_tokens for one in stats)} tokens")
+    figure.savefig(path, dpi=150)
+
+
 def _acceptance(axes: Any, stats: Stats) -> None:
     positions = range(1, len(stats.acceptance_per_position) + 1)
     axes.bar(positions, stats.acceptance_per_position, color="C0", label="accepted")
@@ -45,14 +61,20 @@ def _acceptance(axes: Any, stats: Stats) -> None:
 
 
 def _rounds(axes: Any, stats: Stats) -> None:
-    numbers, bottom = range(1, len(stats.rounds) + 1), [0.0] * len(stats.rounds)
-    for name in ("draft_ms", "verify_ms", "other_ms"):
-        heights = [getattr(one, name) for one in stats.rounds]
-        axes.bar(numbers, heights, bottom=bottom, width=1.0, label=name.removesuffix("_ms"))
-        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    _stack(axes, stats.rounds, ("draft_ms", "verify_ms", "other_ms"))
+    numbers = range(1, len(stats.rounds) + 1)
     tokens = [one.num_accepted + 1 for one in stats.rounds]
-    axes.set(xlabel="round", ylabel="ms (host clock)")
     other = axes.twinx()
     other.plot(numbers, tokens, "k.", markersize=4)
     other.set(ylabel="tokens of the round (dots)", ylim=(0, max([2, *tokens]) * 1.3))
     axes.legend(loc="upper right")
+
+
+def _stack(axes: Any, rounds: Sequence[Round | BatchRound], parts: Sequence[str]) -> None:
+    """A bar for every round, of the times named."""
+    numbers, bottom = range(1, len(rounds) + 1), [0.0] * len(rounds)
+    for name in parts:
+        heights = [getattr(one, name) for one in rounds]
+        axes.bar(numbers, heights, bottom=bottom, width=1.0, label=name.removesuffix("_ms"))
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    axes.set(xlabel="round", ylabel="ms (host clock)")

@@ -1,4 +1,5 @@
-"""Bars on stderr while weights or a long prompt are read; nothing where it is no terminal."""
+"""Bars on stderr while weights or a long prompt are read and while a batch is decoded; nothing
+where it is no terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TransferSpeedColumn,
 )
 
@@ -39,3 +41,20 @@ def reading_prompt(num_tokens: int, console: Console) -> Iterator[Callable[[int]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("prompt", total=num_tokens)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def decoding(num_prompts: int, console: Console) -> Iterator[Callable[[int, int], None] | None]:
+    """Gives what is told how many prompts of a batch have ended and how many tokens there are."""
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("decoding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens]} tokens"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("batch", total=num_prompts, tokens=0)
+        yield lambda ended, tokens: bar.update(task, completed=ended, tokens=tokens)

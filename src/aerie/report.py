@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from aerie.eagle3.graphs import GRAPH
 from aerie.eagle3.stats import Round, Stats
 from aerie.run import Outcome
 
@@ -31,7 +32,8 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
 def stats_as_dict(stats: Stats) -> dict[str, Any]:
     """Names as vLLM's bench where it has them; times are totals in milliseconds, but in `rounds`,
     whose lists have an entry per round."""
-    return {
+    graphs = {"cuda_graphs": _launches(stats)} if stats.launches else {}
+    return graphs | {
         "num_tokens": stats.num_tokens,
         "num_target_passes": stats.num_target_passes,
         "num_drafts": stats.num_drafts,
@@ -54,6 +56,12 @@ def stats_as_dict(stats: Stats) -> dict[str, Any]:
     }
 
 
+def _launches(stats: Stats) -> dict[str, Any]:
+    """Rounds that were replayed, and the others by the reason why not."""
+    eager = {why: count for why, count in stats.launches.items() if why != GRAPH}
+    return {"num_replayed": stats.launches[GRAPH], "num_eager": eager}
+
+
 def as_table(outcome: Outcome) -> Table:
     """The statistics under the streamed text."""
     stats = outcome.stats
@@ -73,6 +81,10 @@ def as_table(outcome: Outcome) -> Table:
         ),
         "ms of the median round": _median_round(stats.rounds),
     }
+    if stats.launches:
+        told = _launches(stats)
+        others = [f"{count} not: {why}" for why, count in told["num_eager"].items()]
+        rows["rounds from CUDA graphs"] = "; ".join([str(told["num_replayed"]), *others])
     if outcome.distinct_experts is not None:
         rows["distinct experts of a layer"] = ", ".join(
             f"{count:.2f} at {num_rows} rows"

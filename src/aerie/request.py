@@ -1,9 +1,10 @@
 """What `aerie generate` was asked for, checked: see `commands/generate_options.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from aerie.eagle3.generate import MAX_BATCH_SIZE
 from aerie.eagle3.sampling import SamplingParams
@@ -44,6 +45,13 @@ class Request:
     cuda_graphs: bool = False
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
+
+    def sampling_with(self, tokenizer: Tokenizer) -> SamplingParams:
+        """With the ids of bad words: a word is other tokens at the start of a text than behind a
+        space, and both are forbidden."""
+        words = [text for word in self.bad_words for text in (word, f" {word}")]
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in words]
+        return replace(self.sampling, bad_words_ids=ids)
 
 
 def check_can_capture(device: torch.device, backend: Backend, tensor_parallel_size: int) -> None:

@@ -3,10 +3,9 @@
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from aerie.eagle3.ends import FinishReason
 from aerie.eagle3.generate import Decoding, Generation, generate
@@ -49,7 +48,7 @@ def run(
     long prompt has been read."""
     images = image_features(loaded, loaded.prompt)
     target = loaded.target.get_language_model()
-    sampling = with_bad_words(request, loaded.tokenizer)
+    sampling = request.sampling_with(loaded.tokenizer)
     decoding = Decoding(
         target,
         loaded.prompt.ids,
@@ -118,10 +117,3 @@ def image_features(loaded: Loaded, prompt: Prompt) -> ImageFeatures | None:
     if isinstance(target, Llama4ForCausalLM):
         return None
     return target.image_features(prompt.ids, prompt.pixel_values)
-
-
-def with_bad_words(request: Request, tokenizer: Tokenizer) -> SamplingParams:
-    """A word is other tokens at the start of a text than behind a space: both are forbidden."""
-    words = [text for word in request.bad_words for text in (word, f" {word}")]
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in words]
-    return replace(request.sampling, bad_words_ids=ids)

@@ -8,6 +8,7 @@ import torch
 
 from aerie.eagle3 import rows
 from aerie.eagle3.checkpoint import OwnParts
+from aerie.eagle3.choice_form import EVERY_FILTER, NO_RULES, ChoiceForm, RuleForm
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.generate import Decoding
 from aerie.eagle3.memory_plan import GIB, DraftPlan, MemoryPlanner, Run, activations
@@ -203,8 +204,9 @@ def test_caches_of_a_decoding(
     assert planned.kv.total == cache_bytes(of_target)
     assert planned.draft_kv.total == cache_bytes(of_draft)
     assert of_target.pools[0].num_pages == -(-slots // 64)
-    columns = decoding.decodings.rows.batch.columns
-    assert planned.columns == sum(column.nbytes for column in columns)
+    of_batch = decoding.decodings.rows.batch.columns
+    of_rules = decoding.decodings.rows.sampler.rules.columns
+    assert planned.columns == sum(column.nbytes for column in (*of_batch, *of_rules))
 
 
 def test_live_memory_is_a_peak():
@@ -244,17 +246,23 @@ def test_activations_are_what_a_real_pass_keeps(make_target, draft_files, tmp_pa
     assert activations(planner(values, run, drafted), count, True) == live.peak
 
 
-@pytest.mark.parametrize("policy", [None, Chain(2), DynamicTree(3, 2, 2)], ids=str)
-def test_graphs_are_planned_by_what_a_real_round_keeps(policy, draft_files, make_target, tmp_path):
-    """The same counting over real tensors, with Triton's operations interpreted."""
-    folder = write_target(tmp_path / "target", moe_layers=[1, 3])
-    of_draft = None if policy is None else draft_files("llama").write(tmp_path / "draft")
+def test_graphs_are_planned_by_what_a_real_round_keeps(draft_files, make_target, tmp_path):
+    """The same counting over real tensors, with Triton's operations interpreted, which lets go of a
+    norm's two inputs one operation late."""
+    folder = write_target(tmp_path / "target", num_hidden_layers=4)
+    changes = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}
+    of_draft = draft_files("llama", **changes).write(tmp_path / "draft")
     target = Llama4ForCausalLM.from_pretrained(folder, backend="triton")
-    draft = None if of_draft is None else load_draft(of_draft, target)
-    options = {"dtype": torch.float32, "cuda_graphs": True}
-    made = make_planner(folder, of_draft, **options)
-    made = replace(made, run=replace(made.run, policy=policy))
-    assert made.plan(20, 2).cuda_graphs == GRAPH_MARGIN * round_bytes(target, draft, policy, 2)
+    draft, policy = load_draft(of_draft, target), Chain(2)
+    made = make_planner(folder, of_draft, dtype=torch.float32, cuda_graphs=True)
+    planned = []
+    for rules in (NO_RULES, RuleForm(True, 2, 1, 3, True, True)):
+        form = EVERY_FILTER | ChoiceForm(rules=rules)
+        made = replace(made, run=replace(made.run, policy=policy, choice=form))
+        planned.append(made.plan(20, 2).cuda_graphs // GRAPH_MARGIN)
+        late = 2 * 2 * (1 + policy.num_rows) * TARGET["hidden_size"] * 4
+        assert planned[-1] <= round_bytes(target, draft, policy, 2, form) <= planned[-1] + late
+    assert planned[1] > planned[0] > 2 * 3 * TARGET["vocab_size"] * 4  # all rows' logits
     assert made.plan(20, 3).cuda_graphs > made.plan(20, 2).cuda_graphs
     with_none = replace(made, run=replace(made.run, has_graphs=False))
     assert with_none.plan(20, 2).cuda_graphs == 0

@@ -88,6 +88,18 @@ def test_no_drafts_are_no_dead_draft():
     assert not stats.is_at_the_floor
 
 
+def test_acceptance_of_several_together():
+    parts = [Stats(num_tokens=4), Stats(num_tokens=3), Stats()]
+    parts[0].count_draft(3, 2)
+    parts[0].count_draft(3, 0)
+    parts[1].count_draft(2, 2)
+    both = Stats.of_all(parts)
+    assert (both.num_tokens, both.num_drafts, both.num_target_passes) == (7, 3, 3)
+    assert both.acceptance_per_position == [2 / 3, 2 / 3, 0.0]
+    assert both.acceptance_length == 1 + 4 / 3
+    assert Stats.of_all([]).acceptance_per_position == []
+
+
 def test_rounds_add_up_to_the_totals():
     stats = Stats()
     with stats.timed("total"), stats.timed("prefill"):

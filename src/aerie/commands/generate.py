@@ -36,9 +36,11 @@ def _generate(options: GenerateOptions, request: Request, group: ProcessGroup | 
     if loaded.draft is None and not options.no_draft:
         stderr.print("No draft given (--draft): plain decoding.")
     if request.prompts:
-        outcomes = run_batch(request, loaded, _tell_progress)
+        batch = run_batch(request, loaded, stderr)
+        if is_first and options.plot is not None:
+            plotting.draw_batch([one.stats for one in batch.outcomes], batch.rounds, options.plot)
         if is_first:
-            _show_batch(outcomes, options.as_json)
+            _show_batch(batch.outcomes, options.as_json)
         return
     is_streaming = is_first and not options.as_json
     outcome = run(request, loaded, _print_now if is_streaming else None, stderr)
@@ -73,10 +75,6 @@ def _show_batch(outcomes: list[Outcome], as_json: bool) -> None:
         stderr.print(f"prompt {number}: {error}", markup=False, soft_wrap=True)
     if different or errors:
         raise typer.Exit(1 if different else 2)
-
-
-def _tell_progress(ended: int, count: int) -> None:
-    stderr.print(f"{ended} of {count} prompts done")
 
 
 def _print_now(text: str) -> None:

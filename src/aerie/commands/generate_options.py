@@ -231,8 +231,7 @@ class GenerateOptions:
     def _is_batch(self, prompts: tuple[Asked, ...]) -> bool:
         """Whether the output is a list, be it of one. Raises ValueError for what is of one text."""
         is_batch = self.lines or len(prompts) > 1
-        for name, value in (("image", self.image), ("plot", self.plot),
-                            ("count-experts", self.count_experts)):  # fmt: skip
+        for name, value in (("image", self.image), ("count-experts", self.count_experts)):
             if is_batch and value:
                 raise ValueError(f"--{name}: goes with one prompt, got {len(prompts)}")
         return is_batch
