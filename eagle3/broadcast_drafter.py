@@ -6,42 +6,16 @@ host; otherwise (thresholds, cost-aware width) rank 0 says the form of every tre
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aerie.eagle3.batch import Committed
 from aerie.eagle3.drafter import Drafter, PromptRows
-from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
+from aerie.eagle3.policies import Form, Policy
 from aerie.eagle3.tree import DraftTree, chain
 from aerie.llama4.cache import DeviceTree, PagedKVCache
 from aerie.llama4.communicator import Communicator
-
-
-@dataclass(frozen=True)
-class Form:
-    """Drafted nodes of every sequence, how deep they go, and whether they are a chain."""
-
-    num_nodes: int
-    depth: int
-    is_chain: bool
-
-    @property
-    def num_columns(self) -> int:
-        """Of what is broadcast: tokens; of trees three numbers of every row too, the root's too."""
-        return self.num_nodes if self.is_chain else self.num_nodes + 3 * (self.num_nodes + 1)
-
-
-def fixed_form(policy: Policy) -> Form | None:
-    """The form of all trees of a policy, if they have one."""
-    match policy:
-        case Chain(num_speculative_tokens=count, confidence_threshold=0.0):
-            return Form(count, count, True)
-        case StaticTree(confidence_threshold=0.0) | DynamicTree(confidence_threshold=0.0):
-            count = getattr(policy, "num_speculative_tokens", policy.num_rows)
-            return Form(count, policy.depth, False)
-    return None
 
 
 class LeadingDrafter:
@@ -49,7 +23,7 @@ class LeadingDrafter:
 
     def __init__(self, inner: Drafter, policy: Policy, communicator: Communicator) -> None:
         self.inner, self.tap_layers = inner, inner.tap_layers
-        self._form, self._communicator = fixed_form(policy), communicator
+        self._form, self._communicator = policy.form, communicator
 
     @property
     def cache(self) -> PagedKVCache | None:
@@ -77,7 +51,7 @@ class FollowingDrafter:
     cache = None
 
     def __init__(self, policy: Policy, communicator: Communicator) -> None:
-        self._form, self._communicator = fixed_form(policy), communicator
+        self._form, self._communicator = policy.form, communicator
 
     def prefill(self, prompt: PromptRows, taps_TD: Sequence[Tensor]) -> None:
         """Rank 0's draft follows the prompt."""
@@ -87,7 +61,7 @@ class FollowingDrafter:
         if form is None:
             form = self._communicator.from_first(Form(0, 0, True))
         sequences = len(committed.lengths_B)
-        packed = committed.lengths_B.new_empty(sequences, form.num_columns)
+        packed = committed.lengths_B.new_empty(sequences, _num_columns(form))
         if form.num_nodes > 0:
             self._communicator.broadcast(packed)
         if form.is_chain:
@@ -95,6 +69,11 @@ class FollowingDrafter:
         sizes = [form.num_nodes, *[form.num_nodes + 1] * 3]
         tokens_BN, *shape = (part.contiguous() for part in packed.split(sizes, dim=1))
         return DraftTree(tokens_BN, DeviceTree(*shape), form.depth)
+
+
+def _num_columns(form: Form) -> int:
+    """Of what is broadcast: tokens; of trees three numbers of every row too, the root's too."""
+    return form.num_nodes if form.is_chain else form.num_nodes + 3 * (form.num_nodes + 1)
 
 
 def _form_of(tree: DraftTree) -> Form:

@@ -29,6 +29,7 @@ class CostAware:
     policy: Policy
     costs: RoundCosts | BatchCosts
     verification: Verification = field(default="match", init=False)
+    form: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.policy.verification == "rejection":

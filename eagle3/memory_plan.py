@@ -97,6 +97,11 @@ class Run:
     has_graphs: bool = False
 
     @property
+    def is_captured(self) -> bool:
+        """Whether graphs are wanted, and rounds are alike."""
+        return self.has_graphs and (self.policy is None or self.policy.form is not None)
+
+    @property
     def num_drafted(self) -> int:
         """Rows behind a root at most."""
         return 0 if self.policy is None else self.policy.num_rows
@@ -263,7 +268,7 @@ class MemoryPlanner:
         return sum(column.nbytes for column in (*columns, *rules.columns))
 
     def _cuda_graphs(self, batch: int) -> int:
-        return GRAPH_MARGIN * _round_bytes(self, batch) if self.run.has_graphs else 0
+        return GRAPH_MARGIN * _round_bytes(self, batch) if self.run.is_captured else 0
 
     def _activations(self, batch: int) -> int:
         """The larger of a prompt's longest pass and of verifying all sequences at once."""

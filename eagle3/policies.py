@@ -27,10 +27,20 @@ MAX_SPECULATIVE_TOKENS = MAX_TREE_ROWS - 1  # the root is a row of the verified 
 Verification = Literal["match", "rejection"]
 
 
+@dataclass(frozen=True)
+class Form:
+    """Drafted nodes of every sequence, how deep they go, and whether they are a chain."""
+
+    num_nodes: int
+    depth: int
+    is_chain: bool
+
+
 class Policy(Protocol):
     """`depth` levels at most; `num_rows` rows at most stand uncommitted in either cache.
 
-    A drafter deepens as long as the confidence threshold and `goes_on` want it.
+    `form` is that of all its trees, None where the host decides in every round. A drafter deepens
+    as long as the confidence threshold and `goes_on` want it.
     """
 
     @property
@@ -41,6 +51,9 @@ class Policy(Protocol):
 
     @property
     def verification(self) -> Verification: ...
+
+    @property
+    def form(self) -> Form | None: ...
 
     def drafter(
         self,
@@ -72,6 +85,11 @@ class Chain:
         return self.num_speculative_tokens
 
     num_rows = depth
+
+    @property
+    def form(self) -> Form | None:
+        count = self.num_speculative_tokens
+        return Form(count, count, True) if self.confidence_threshold == 0 else None
 
     def drafter(self, draft, cache, tap_layers, goes_on=None) -> Drafter:
         stop = _both(self.confidence_threshold, goes_on)
@@ -122,6 +140,10 @@ class StaticTree:
     def num_rows(self) -> int:
         return len(self.speculative_token_tree)
 
+    @property
+    def form(self) -> Form | None:
+        return Form(self.num_rows, self.depth, False) if self.confidence_threshold == 0 else None
+
     def drafter(self, draft, cache, tap_layers, goes_on=None) -> Drafter:
         width = 1 + max(rank for path in self.speculative_token_tree for rank in path)
         _check_vocabulary("speculative_token_tree", width, draft)
@@ -168,6 +190,11 @@ class DynamicTree:
     @property
     def num_rows(self) -> int:
         return max(self.num_speculative_tokens, self.eagle_topk * (self.num_steps - 1))
+
+    @property
+    def form(self) -> Form | None:
+        count, is_fixed = self.num_speculative_tokens, self.confidence_threshold == 0
+        return Form(count, self.num_steps, False) if is_fixed else None
 
     def drafter(self, draft, cache, tap_layers, goes_on=None) -> Drafter:
         _check_vocabulary("eagle_topk", self.eagle_topk, draft)

@@ -53,6 +53,9 @@ def test_the_embedded_pair():
     assert graphed["total"] == found["total"] + graphed["cuda_graphs"]
     assert graphed["cuda_graphs"] > 2 * 5 * 1024 * 4  # a row of logits for every row of a round
     assert "at most" in aerie("plan", "--cuda-graphs").stdout
+    for config in ({"confidence_threshold": 0.5}, {"cost_aware_width": "measured"}):
+        own = ("--json", "--cuda-graphs", "--speculative-config", json.dumps(config))
+        assert json.loads(aerie("plan", *own).stdout)["cuda_graphs"] == 0  # no two rounds are alike
 
 
 def test_scout_from_its_config_alone(config_only):
@@ -191,6 +194,17 @@ def test_generate_refuses_budgets(options, message):
     refused = aerie(*GENERATE, "--device", "cpu", *options)
     assert refused.exit_code == 2
     assert message in " ".join(refused.stderr.split())
+    assert refused.stdout == ""
+
+
+def test_graphs_that_are_asked_for_are_never_left_out_silently(monkeypatch):
+    """Not even where none is planned: here what finds no GPU is the capture itself."""
+    monkeypatch.setattr("aerie.commands.generate_options.check_can_capture", lambda *_: None)
+    stops = json.dumps({"confidence_threshold": 0.5})
+    asked = (*GENERATE, "--device", "cpu", "--cuda-graphs", "--speculative-config", stops)
+    refused = aerie(*asked)
+    assert refused.exit_code == 2
+    assert "cuda_graph_bytes: needs a GPU, got cpu" in refused.stderr
     assert refused.stdout == ""
 
 

@@ -7,7 +7,7 @@ written down node by node, each path run alone; shapes and keys that must be ref
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 from aerie.eagle3.batch import Committed
 from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.generate import Decoding, generate
-from aerie.eagle3.policies import Chain, DynamicTree, Policy, StaticTree
+from aerie.eagle3.policies import Chain, DynamicTree, Form, Policy, StaticTree
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.tree import DraftTree, fixed_tree
@@ -182,6 +182,19 @@ def paths_of(tree: DraftTree) -> list[tuple[int, ...]]:
     for row in range(1, len(tokens)):
         paths.append((*paths[parents[row]], tokens[row]))
     return paths[1:]
+
+
+FIXED = [Chain(5), StaticTree(BINARY), DynamicTree(6, 2, 3)]
+
+
+@pytest.mark.parametrize("policy", FIXED, ids=str)
+def test_a_policy_of_one_form_drafts_it_and_a_stop_has_none(policy):
+    drafter = observed(policy, 1)
+    with torch.inference_mode():
+        tree = drafter.propose()
+    assert policy.form == Form(tree.tokens_BN.shape[1], tree.depth, tree.is_chain)
+    assert replace(policy, confidence_threshold=0.1).form is None
+    assert CostAware(policy, RoundCosts({1: 1.0})).form is None
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -146,7 +146,8 @@ def _plan(
             planner.check(found, memory, origin)
     else:
         kv_cache_bytes = min(planner.kv_cache_bytes(found, *limit) for limit in limits)
-    return Budget(kv_cache_bytes, found.cuda_graphs)
+    # where no round can be captured that is still asked for: the rounds will say why not
+    return Budget(kv_cache_bytes, max(1, found.cuda_graphs) if request.cuda_graphs else 0)
 
 
 def load_target(

@@ -43,8 +43,8 @@ def make_planner(
     """From the folders' configs; of tensors only headers are read, if the folders have some.
 
     With a `shard` the plan is that rank's, whose draft is here on rank 0 or where it is cut too.
-    `lag` rounds run ahead of the host, and with `cuda_graphs` they are captured. `sampling` None
-    takes all filters and no rules.
+    `lag` rounds run ahead of the host, and with `cuda_graphs` they are captured where they are
+    alike. `sampling` None takes all filters and no rules.
 
     A multimodal target counts `with_vision` or, for prompts without images, without. Raises
     CheckpointError for what could not be loaded so either.
@@ -70,7 +70,7 @@ def make_planner(
         draft_size,
         lag,
         EVERY_FILTER if sampling is None else ChoiceForm.of(sampling, config.eos_token_ids),
-        cuda_graphs,
+        cuda_graphs and speculation.cost_aware_width is None,
     )
     vision = _vision_bytes(target, dtype) if with_vision and shard.size == 1 else 0
     return MemoryPlanner(config, drafted, run, vision)
