@@ -14,6 +14,7 @@ steps of a decoding loop, whose lengths stay on the device, are in `device_steps
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -91,7 +92,7 @@ class Step:
         """Positions, row starts and ancestors, which all pools share."""
         return self.placements[0].rows
 
-    @property
+    @cached_property  # of all layers
     def quantises_rows(self) -> bool:
         """Whether this is a prompt, whose rows meet FP8 weights of linears as codes."""
         return quantises_rows(self.rows.max_rows)

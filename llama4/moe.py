@@ -61,8 +61,8 @@ class MoE(Module):
         """
         weights, x_TD, shared = self.experts, entry.normed_TD, self.shared_expert
         gate_up = weights.gate_up
-        is_of_a_kind = gate_up.row_codes == shared.gate_up_proj.row_codes
-        shared_TD = shared(x_TD, quantises, entry.quantized if is_of_a_kind else None)
+        serves_both = quantises and gate_up.row_codes == shared.gate_up_proj.row_codes
+        shared_TD = shared(x_TD, quantises, entry.quantized if serves_both else None)
         return self._experts(
             x_TD,
             entry.routing,

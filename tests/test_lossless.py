@@ -288,8 +288,8 @@ def test_fp8_cache(block):
         assert drafted.tokens == plain, f"seed {seed}, k {k}, prompt {prompt}"
 
 
-FP8_LINEARS = ("self_attn", "shared_expert", "feed_forward.gate_proj", "feed_forward.up_proj",
-               "feed_forward.down_proj")  # fmt: skip
+DENSE = tuple(f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))
+FP8_LINEARS = ("self_attn", "shared_expert", *DENSE)
 
 
 def linears_of(target: Llama4ForCausalLM) -> list[Linear]:
