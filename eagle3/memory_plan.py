@@ -5,31 +5,23 @@ is exact. The allocator's own rounding and the CUDA context are not in it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 
 from aerie.eagle3.batch import Batch
-from aerie.eagle3.binding import Shared, check_fits, tap_layers
-from aerie.eagle3.checkpoint import OwnParts
-from aerie.eagle3.choice_form import EVERY_FILTER, ChoiceForm
-from aerie.eagle3.config import Eagle3Config
-from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
+from aerie.eagle3.binding import check_fits, tap_layers
 from aerie.eagle3.engine import PREFILL_ROWS
 from aerie.eagle3.logits_rules import RuleColumns
-from aerie.eagle3.policies import Policy
+from aerie.eagle3.planned_pair import DraftPlan, Run, empty_draft, empty_pair, empty_target
 from aerie.eagle3.round_memory import GRAPH_MARGIN, round_bytes
 from aerie.eagle3.rows import slack
 from aerie.eagle3.sharded_draft import check_draft_shard
-from aerie.kernels.backend import ResolvedBackend
-from aerie.llama4.checkpoint import assign, planned_tensors
-from aerie.llama4.communicator import LoneRank, shard_of
+from aerie.llama4.communicator import shard_of
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.memory_plan import KVBytes, activation_bytes, kv_bytes, weight_bytes
-from aerie.llama4.model import Llama4ForCausalLM
-from aerie.llama4.quantization import Quantization
-from aerie.llama4.sharding import WHOLE, Shard, local_attention
+from aerie.llama4.sharding import local_attention
 
 GIB = 2**30
 CONTEXT = 8192
@@ -70,52 +62,6 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class DraftPlan:
-    """A draft, and which of its matrices it has itself."""
-
-    config: Eagle3Config
-    parts: OwnParts
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a pair is going to run; without a draft there is no `policy`.
-
-    `lag` rounds run ahead of the host (`rows.lag_on`), and choose as `choice` says. Of a target
-    that is cut, this is the rank with the draft; `draft_size` is 1 or the target's.
-    """
-
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-    quantization: Quantization | None = None
-    policy: Policy | None = None
-    backend: ResolvedBackend = "triton"
-    shard: Shard = WHOLE
-    draft_size: int = 1
-    lag: int = 0
-    choice: ChoiceForm = EVERY_FILTER
-    has_graphs: bool = False
-
-    @property
-    def is_captured(self) -> bool:
-        """Whether graphs are wanted, and rounds are alike."""
-        return self.has_graphs and (self.policy is None or self.policy.form is not None)
-
-    @property
-    def num_drafted(self) -> int:
-        """Rows behind a root at most."""
-        return 0 if self.policy is None else self.policy.num_rows
-
-    @property
-    def communicator(self) -> LoneRank | None:
-        return None if self.shard.size == 1 else LoneRank(self.shard)
-
-    @property
-    def draft_communicator(self) -> LoneRank | None:
-        return None if self.draft_size == 1 else self.communicator
-
-
-@dataclass(frozen=True)
 class MemoryPlanner:
     """Plans for one pair, whose weights are counted once."""
 
@@ -128,7 +74,7 @@ class MemoryPlanner:
 
     def __post_init__(self) -> None:
         """Raises CheckpointError where the draft does not fit the target."""
-        model = self.empty_target()
+        model = empty_target(self.target, self.run)
         weights = weight_bytes(model, self.run.dtype)
         weights |= {"vision": self.vision} if self.vision else {}
         object.__setattr__(self, "target_weights", weights)
@@ -200,37 +146,13 @@ class MemoryPlanner:
             f"{origin} is {memory / GIB:.2f} GiB; {advice}"
         )
 
-    def empty_target(self) -> Llama4ForCausalLM:
-        """The target without values; `cuda` only says where it is meant to run."""
-        device = "cuda" if self.run.backend == "triton" else "cpu"
-        return Llama4ForCausalLM.without_values(
-            self.target, self.run.backend, device, self.run.quantization, self.run.communicator
-        )
-
-    def empty_pair(self) -> tuple[Llama4ForCausalLM, Eagle3Llama4ForCausalLM | None]:
-        """Target and draft without values, in the types that the loader would give them."""
-        target, draft = self.empty_target(), None
-        assign(target, planned_tensors(target, self.run.dtype), "meta")
-        if self.draft is not None:
-            draft = self._empty_draft(self.draft, self.run.backend)
-            assign(draft, planned_tensors(draft, self.run.dtype), "meta")
-            draft.to("meta")
-            own = self.draft.parts.embedding
-            draft.bind(target, Shared(None if own else target.model.embed_tokens, target.lm_head))
-        return target, draft
-
-    def _empty_draft(self, plan: DraftPlan, backend: ResolvedBackend) -> Eagle3Llama4ForCausalLM:
-        device, communicator = "cuda" if backend == "triton" else "cpu", self.run.draft_communicator
-        with torch.device("meta"):
-            return Eagle3Llama4ForCausalLM(plan.config, backend, device, plan.parts, communicator)
-
     def _draft_weights(self, plan: DraftPlan) -> dict[str, int]:
         config, parts = plan.config, plan.parts
         check_fits(config, parts, self.target)
         communicator = self.run.draft_communicator
         check_draft_shard(config, parts, shard_of(communicator))
-        draft = self._empty_draft(plan, "eager")
-        tap_layers(config, self.empty_target())  # refuses what does not fit
+        draft = empty_draft(plan, replace(self.run, backend="eager"))
+        tap_layers(config, empty_target(self.target, self.run))  # refuses what does not fit
         sizes = weight_bytes(draft, self.run.dtype)
         if not parts.head and config.draft_vocab_size < config.vocab_size:  # cut from the target's
             rows = config.draft_vocab_size * config.hidden_size
@@ -281,7 +203,7 @@ class MemoryPlanner:
 @lru_cache(maxsize=256)
 def activations(planner: MemoryPlanner, num_rows: int, all_logits: bool) -> int:
     """Of one pass of the target over `num_rows` rows, its taps included."""
-    model = planner.empty_target()
+    model = empty_target(planner.target, planner.run)
     if planner.draft is not None:
         model.set_aux_hidden_state_layers(tap_layers(planner.draft.config, model))
     return activation_bytes(model, planner.run.dtype, num_rows, all_logits)
@@ -289,7 +211,8 @@ def activations(planner: MemoryPlanner, num_rows: int, all_logits: bool) -> int:
 
 @lru_cache(maxsize=256)
 def _round_bytes(planner: MemoryPlanner, batch: int) -> int:
-    return round_bytes(*planner.empty_pair(), planner.run.policy, batch, planner.run.choice)
+    pair = empty_pair(planner.target, planner.draft, planner.run)
+    return round_bytes(*pair, planner.run.policy, batch, planner.run.choice)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

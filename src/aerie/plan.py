@@ -10,8 +10,9 @@ import torch
 from aerie.eagle3.checkpoint import OwnParts, own_parts, tensor_names
 from aerie.eagle3.choice_form import EVERY_FILTER, ChoiceForm
 from aerie.eagle3.config import Eagle3Config
-from aerie.eagle3.memory_plan import DraftPlan, MemoryPlan, MemoryPlanner, Run
+from aerie.eagle3.memory_plan import MemoryPlan, MemoryPlanner
 from aerie.eagle3.parallel_draft import check_draft_size
+from aerie.eagle3.planned_pair import DraftPlan, Run
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.kernels.backend import ResolvedBackend
