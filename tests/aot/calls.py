@@ -266,7 +266,8 @@ def scaled_linear(rows: int, kind: str) -> None:
     codes, matrix = weight(kind, rows, D), weight(kind, D, D)
     blocks = torch.empty(rows, D // 128), torch.empty(D // 128, D // 128)
     per_row, per_block = (_quantize.Quantized(codes, s) for s in (torch.empty(rows, 1), blocks[0]))
-    if rows <= _scaled_linear.FEW_ROWS:
+    target = _scaled_linear.target_of(codes)
+    if not _scaled_linear.takes_scaled_mm(target, rows, D, D, False, torch.bfloat16):
         _scaled_linear.scaled_linear(per_row, matrix, torch.empty(D))
     _scaled_linear.scaled_linear(per_block, matrix, blocks[1])
 
