@@ -9,7 +9,6 @@ Letters: E experts, N outputs, K inputs.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import triton
@@ -35,18 +34,18 @@ class ExpertMatrix:
     scale: Tensor | None = None
     input_scale: Tensor | None = None
 
-    @cached_property
+    @property
     def is_fp8(self) -> bool:
         return self.weight.dtype == FP8
 
-    @cached_property
+    @property
     def is_blocked(self) -> bool:
         """Whether the scale has blocks, more than one."""
         if self.scale is None or self.scale.shape[1:].numel() == 1:
             return False
         return tuple(self.scale.shape) == block_shape(self.weight)
 
-    @cached_property
+    @property
     def row_codes(self) -> Codes:
         """How rows are quantised for all experts at once; a static scale takes them scaled."""
         if not self.is_fp8 or self.input_scale is not None:
