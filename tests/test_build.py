@@ -3,6 +3,7 @@
 Training models are written for speed, so each is compared with a plain way to the same numbers.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from aerie.assets.build.optimizer import orthogonalised
 from aerie.assets.build.results import RESULTS
 from aerie.assets.build.stages import STAGES, Rebuild
 from aerie.assets.build.target import new_target, target_config
+from aerie.assets.build.training import CHOICES, train_draft
 from aerie.embedded import ASSETS
 
 UNTRAINED = [name for name in RESULTS if not name.endswith("model.safetensors")]
@@ -83,13 +85,24 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
 @pytest.fixture
 def small(monkeypatch, tmp_path) -> Rebuild:
     """A rebuild of one short step a leg."""
-    for name in ("ALONE", "TOGETHER", "OWN_TEXT"):
+    for name in ("ALONE", "TOGETHER", "OWN_TEXT", "CHOICES"):
         leg = replace(getattr(stages, name), steps=1, topic_rows=1, row_length=48)
         monkeypatch.setattr(stages, name, leg)
     plan = distill.Distillation(batches=1, rows=5, row_length=48, longest_prompt=32)
     monkeypatch.setattr(distill, "Distillation", lambda: plan)
     monkeypatch.setattr(acceptance, "NEW_TOKENS", 4)
     return Rebuild(tmp_path, 0, "cpu")
+
+
+def test_choices_leave_the_target_alone_and_the_draft_learns_them(target, capsys):
+    torch.manual_seed(0)
+    draft = Draft(torch.arange(768))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    ids_BT = target.greedy(torch.randint(3, 768, (4, 16)), 64)
+    train_draft(replace(CHOICES, steps=40), target, draft, lambda: ids_BT)
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+    first, *_, last = re.findall(r"reached (\S+)", capsys.readouterr().err)
+    assert float(last) > float(first) + 0.2
 
 
 def test_dead_pair_is_not_installed_and_the_rebuild_can_go_on(small, monkeypatch):

@@ -59,7 +59,7 @@ def test_acceptance_on_heldout_prompts(target, draft, tokenizer):
 
 
 def test_taps_one_layer_early_lower_the_acceptance(target, draft, tokenizer):
-    """Ids of outputs read as inputs: the field's commonest silent mistake (3.18 -> 2.87 here)."""
+    """Outputs' ids read as inputs: a common silent mistake (an earlier draft: 3.18 -> 2.87)."""
     prompts = heldout(tokenizer)[:12]
     right = acceptance_length(target, draft, prompts)
     layers = target.get_eagle3_default_aux_hidden_state_layers()

@@ -26,9 +26,9 @@ from aerie.assets.build.results import HELD_OUT_PROMPTS, RESULTS, refresh_checks
 from aerie.assets.build.rows import RowSampler
 from aerie.assets.build.target import new_target, save_target
 from aerie.assets.build.tokenizer import train_tokenizer
-from aerie.assets.build.training import ALONE, OWN_TEXT, TOGETHER, Leg, train
+from aerie.assets.build.training import ALONE, CHOICES, OWN_TEXT, TOGETHER, Leg, train, train_draft
 
-STAGES = ("text", "alone", "together", "distilled", "own_text", "finish")
+STAGES = ("text", "alone", "together", "distilled", "own_text", "choices", "finish")
 DEMO_PROMPT = "The with statement"
 HELD_OUT_FLOOR = 2.6  # acceptance length; a pair below it is not installed
 
@@ -72,9 +72,7 @@ class Rebuild:
     def distilled(self) -> None:
         """Let the target continue many prompts."""
         model, _ = self._pair("together")
-        texts = load_split().train
-        ids_BT = distill(model, [texts[n] for n in sorted(texts)], self._tokenizer(), self.seed)
-        self._leave("distilled", {"ids": ids_BT})
+        self._leave("distilled", {"ids": self._written(model, self.seed)})
 
     def own_text(self) -> None:
         """Train both on the topics and on what the target wrote."""
@@ -83,9 +81,21 @@ class Rebuild:
         self._train(OWN_TEXT, model, draft, self._left("distilled")["ids"])
         self._leave("own_text", _joined(model, draft))
 
+    def choices(self) -> None:
+        """Let the finished target continue other prompts, and train the draft alone on that."""
+        self._seed(3)
+        model, draft = self._pair("own_text")
+        ids_BT = self._written(model, self.seed + 1)
+
+        def rows() -> Tensor:
+            return ids_BT[torch.randint(len(ids_BT), (CHOICES.own_rows,))]
+
+        train_draft(CHOICES, model, draft, rows)
+        self._leave("choices", _joined(model, draft))
+
     def finish(self) -> None:
         """Write the checkpoint files, measure acceptance on them, and move them to OUT."""
-        model, draft = self._pair("own_text")
+        model, draft = self._pair("choices")
         save_target(model, self.unfinished / "target")
         save_draft(draft, self.unfinished / "draft")
         self._check_acceptance()
@@ -119,8 +129,13 @@ class Rebuild:
 
         train(leg, model, draft, rows)
 
+    def _written(self, model: Llama4, seed: int) -> Tensor:
+        """The target's continuations of training topics' pieces: [rows, row_length]."""
+        texts = load_split().train
+        return distill(model, [texts[name] for name in sorted(texts)], self._tokenizer(), seed)
+
     def _seed(self, offset: int) -> None:
-        torch.manual_seed(3 * self.seed + offset)
+        torch.manual_seed(4 * self.seed + offset)
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.from_file(str(self.unfinished / "target" / "tokenizer.json"))
