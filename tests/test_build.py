@@ -11,13 +11,13 @@ import torch
 from transformers import Llama4ForCausalLM
 
 from aerie.assets.build import acceptance, distill, stages
+from aerie.assets.build.choices import CHOICES, train_draft
 from aerie.assets.build.draft import Draft
 from aerie.assets.build.draft_attention import RowCache
 from aerie.assets.build.optimizer import orthogonalised
 from aerie.assets.build.results import RESULTS
 from aerie.assets.build.stages import STAGES, Rebuild
 from aerie.assets.build.target import new_target, target_config
-from aerie.assets.build.training import CHOICES, train_draft
 from aerie.embedded import ASSETS
 
 UNTRAINED = [name for name in RESULTS if not name.endswith("model.safetensors")]
@@ -99,7 +99,7 @@ def test_choices_leave_the_target_alone_and_the_draft_learns_them(target, capsys
     draft = Draft(torch.arange(768))
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     ids_BT = target.greedy(torch.randint(3, 768, (4, 16)), 64)
-    train_draft(replace(CHOICES, steps=40), target, draft, lambda: ids_BT)
+    train_draft(replace(CHOICES, steps=40, own_rows=4), target, draft, ids_BT)
     assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
     first, *_, last = re.findall(r"reached (\S+)", capsys.readouterr().err)
     assert float(last) > float(first) + 0.2

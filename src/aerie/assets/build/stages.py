@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aerie.assets.build.acceptance import measure
 from aerie.assets.build.checkpoint import save_draft
+from aerie.assets.build.choices import CHOICES, train_draft
 from aerie.assets.build.corpus import CORPUS_PATH, cut_prompts, load_split
 from aerie.assets.build.distill import distill
 from aerie.assets.build.draft import Draft, frequent_ids, start_as_head
@@ -26,7 +27,7 @@ from aerie.assets.build.results import HELD_OUT_PROMPTS, RESULTS, refresh_checks
 from aerie.assets.build.rows import RowSampler
 from aerie.assets.build.target import new_target, save_target
 from aerie.assets.build.tokenizer import train_tokenizer
-from aerie.assets.build.training import ALONE, CHOICES, OWN_TEXT, TOGETHER, Leg, train, train_draft
+from aerie.assets.build.training import ALONE, OWN_TEXT, TOGETHER, Leg, train
 
 STAGES = ("text", "alone", "together", "distilled", "own_text", "choices", "finish")
 DEMO_PROMPT = "The with statement"
@@ -85,12 +86,7 @@ class Rebuild:
         """Let the finished target continue other prompts, and train the draft alone on that."""
         self._seed(3)
         model, draft = self._pair("own_text")
-        ids_BT = self._written(model, self.seed + 1)
-
-        def rows() -> Tensor:
-            return ids_BT[torch.randint(len(ids_BT), (CHOICES.own_rows,))]
-
-        train_draft(CHOICES, model, draft, rows)
+        train_draft(CHOICES, model, draft, self._written(model, self.seed + 1))
         self._leave("choices", _joined(model, draft))
 
     def finish(self) -> None:

@@ -4,8 +4,7 @@ The target starts alone. Then the draft's loss reaches it too, through the taps 
 distribution, as in multi-token prediction (arXiv 2404.19737): the first draft of this size, trained
 behind a finished target, guessed little better than half of its greedy choices. In the last leg
 of both, half of the rows are the target's own text, which makes it surer of what it would write.
-Behind the finished target the draft goes on alone, towards nothing but the target's choices: greedy
-verification asks for no more, and text, target and its loss stay as they are.
+Behind the finished target the draft goes on alone (`choices`).
 """
 
 import sys
@@ -52,9 +51,6 @@ class Leg:
 ALONE = Leg("alone", 350, 6, 0, 384, first_rate=3e-3, last_rate=3e-3, draft_weight=0.0)
 TOGETHER = Leg("together", 500, 8, 0, 256, first_rate=3e-3, last_rate=5e-4, draft_weight=0.2)
 OWN_TEXT = Leg("own text", 400, 5, 5, 256, first_rate=1.2e-3, last_rate=2e-5, draft_weight=0.3)
-CHOICES = Leg("choices", 210, 0, 8, 256, first_rate=1e-3, last_rate=1e-5, draft_weight=1.0)
-CONFIDENCE = 0.8  # times the draft's logits at the end: choices teach it to be too sure
-COLD = 1e4  # times a logit: the distribution at that temperature is the choice
 
 
 @dataclass(frozen=True)
@@ -105,24 +101,6 @@ def step_losses(model: Llama4, draft: Draft | None, ids_BT: Tensor, topic_rows: 
         taps_BTC = torch.cat([out.entries[layer] for layer in draft.shape.taps], dim=-1)
         drafted = draft_loss(draft, taps_BTC, model.embed(ids_BT), out.logits, ids_BT)
     return Losses(topic, own, drafted.loss, out.imbalance, drafted.reached)
-
-
-def train_draft(leg: Leg, model: Llama4, draft: Draft, rows: Callable[[], Tensor]) -> None:
-    """Train the draft in place to say what the target chooses; `rows` gives the ids of a step."""
-    torch.set_flush_denormal(True)
-    optimizer = Optimizer([draft])
-    for step in range(leg.steps):
-        ids_BT = rows().to(model.device)
-        with torch.no_grad():
-            out, embed_BTD = model(ids_BT), model.embed(ids_BT)
-        taps_BTC = torch.cat([out.entries[layer] for layer in draft.shape.taps], dim=-1)
-        drafted = draft_loss(draft, taps_BTC, embed_BTD, COLD * out.logits, ids_BT)
-        drafted.loss.backward()
-        optimizer.step(leg.rate(step))
-        if step % REPORT_EVERY == 0 or step + 1 == leg.steps:
-            print(f"{leg.name} {step} {drafted}", file=sys.stderr, flush=True)
-    with torch.no_grad():
-        draft.lm_head.weight.mul_(CONFIDENCE)
 
 
 @dataclass(frozen=True)
