@@ -13,8 +13,7 @@ steps of a decoding loop, whose lengths stay on the device, are in `device_steps
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -82,20 +81,22 @@ class Placement:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the T rows of one forward pass stand: one placement per pool of the cache."""
+    """Where the T rows of one forward pass stand: one placement per pool of the cache.
+
+    `quantises_rows` says whether it is a prompt whose rows meet FP8 weights of linears as codes.
+    """
 
     placements: tuple[Placement, ...]
     cache: "PagedKVCache"
+    quantises_rows: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quantises_rows", quantises_rows(self.rows.max_rows))
 
     @property
     def rows(self) -> TreeRows:
         """Positions, row starts and ancestors, which all pools share."""
         return self.placements[0].rows
-
-    @cached_property  # of all layers
-    def quantises_rows(self) -> bool:
-        """Whether this is a prompt, whose rows meet FP8 weights of linears as codes."""
-        return quantises_rows(self.rows.max_rows)
 
     @property
     def slots_T(self) -> Tensor:
