@@ -276,16 +276,22 @@ def test_what_the_picture_of_a_batch_shows(tmp_path, monkeypatch):
     assert sum(axes[2].steps[0]) == in_rounds
 
 
-def test_a_batch_shows_how_far_it_is_on_a_terminal_only(tmp_path):
+def shown_by(bar, total: int, news: tuple[int, ...]) -> dict[bool, str]:
+    """What a progress bar that is told `news` writes, on a terminal and off one."""
     written = {}
     for is_terminal in (True, False):
         file = io.StringIO()
         console = Console(file=file, force_terminal=is_terminal, width=80)
-        with decoding(7, console) as told:
+        with bar(total, console) as told:
             assert (told is None) != is_terminal
             if told is not None:
-                told(2, 31)
+                told(*news)
         written[is_terminal] = file.getvalue()
+    return written
+
+
+def test_a_batch_shows_how_far_it_is_on_a_terminal_only(tmp_path):
+    written = shown_by(decoding, 7, (2, 31))
     assert "2/7" in written[True]
     assert "31 tokens" in written[True]
     assert written[False] == ""
@@ -312,15 +318,7 @@ def test_a_long_prompt_shows_how_far_it_is_read(monkeypatch):
     """In passes of 64 tokens; on a terminal only, and gone before the text comes."""
     monkeypatch.setattr("aerie.eagle3.engine.PREFILL_ROWS", 64)
     monkeypatch.setattr("aerie.progress.PREFILL_ROWS", 64)
-    written = {}
-    for is_terminal in (True, False):
-        file = io.StringIO()
-        console = Console(file=file, force_terminal=is_terminal, width=80)
-        with reading_prompt(200, console) as told:
-            assert (told is None) != is_terminal
-            if told is not None:
-                told(128)
-        written[is_terminal] = file.getvalue()
+    written = shown_by(reading_prompt, 200, (128,))
     assert "128/200" in written[True]
     assert written[False] == ""
     seen = []

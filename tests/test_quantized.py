@@ -11,8 +11,8 @@ Measured on the held-out topics (teacher-forced) and prompts (64 tokens, k = 4) 
       rows as codes            95.5 %
 
 Rows meet the linears as codes in prompts of more than 128 tokens (`quantises_rows`), as held-out
-topics are, and the prompts are not. Embeddings moved by a millionth give 95.3 to 95.9 %, as the
-last bit of a sum may become another code, which grows through the layers.
+topics are, and the prompts are not. The last bit of a sum may become another code, which grows
+through the layers, so the last figure moves by some tenths with anything that moves a bit.
 """
 
 import json
