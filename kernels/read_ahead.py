@@ -18,8 +18,13 @@ NUM_MATRICES, SIZE, TRIALS = 64, 256, 5  # 16 MB, more than the caches of a core
 
 
 def read_ahead(weight: Tensor) -> None:
-    """Sums a matrix that fits the cache of a CPU core, if that makes products with it faster."""
-    if pays() and weight.is_cpu and weight.nbytes <= CACHED_BYTES:
+    """Sums a matrix that fits the cache of a CPU core, if that makes products with it faster.
+
+    Nothing where a compiler traces: it would drop the sum, and cannot trace the clock.
+    """
+    if torch.compiler.is_compiling() or not pays():
+        return
+    if weight.is_cpu and weight.nbytes <= CACHED_BYTES:
         weight.sum()
 
 

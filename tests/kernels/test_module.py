@@ -1,7 +1,8 @@
 """The quick attributes of `Module` never disagree with what PyTorch keeps.
 
 Regimes: replaced, set to None, deleted and set again, copied and pickled; hooks, `functional_call`,
-conversion and state dicts of a module that reads its parameters directly.
+conversion and state dicts of a module that reads its parameters directly; hooks of all modules, of
+gradients, and `compile`, which the quick call must not pass by.
 """
 
 import copy
@@ -81,3 +82,48 @@ def test_every_way_of_replacing_a_parameter_is_seen(pair):
     assert pair.double()(X.double()).dtype == torch.float64
     pair.second.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64), requires_grad=False)
     assert not pair(X.double()).any()
+
+
+GLOBAL_HOOKS = (
+    "register_module_forward_pre_hook",
+    "register_module_forward_hook",
+    "register_module_full_backward_pre_hook",
+    "register_module_full_backward_hook",
+)
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS)
+def test_hooks_of_all_modules_run(pair, register):
+    seen = []
+    handle = getattr(nn.modules.module, register)(lambda module, *_: seen.append(module))
+    x = X.clone().requires_grad_()
+    try:
+        pair(x).sum().backward()
+    finally:
+        handle.remove()
+    assert set(seen) == {pair, pair.first, pair.second}
+    pair(x).sum().backward()
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+def test_hooks_of_gradients_run(pair, register):
+    seen = []
+    getattr(pair.first, register)(lambda module, *_: seen.append(module))
+    pair(X.clone().requires_grad_()).sum().backward()
+    assert seen == [pair.first]
+
+
+def test_compiled_module_is_what_runs(pair):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = pair(X)
+    pair.compile(backend=backend, fullgraph=True)
+    assert torch.equal(pair(X), expected)
+    assert len(graphs) == 1
