@@ -64,15 +64,16 @@ def draft_vocab_ref(
     logits_TU = widened(
         draft_logits_ref(hidden_TD, head_UD, norm=norm, logit_scale=logit_scale, scale_U=scale_U)
     )
-    logsumexp_T = logits_TU.logsumexp(dim=-1)
     if k == 1:
         kept_TA, ids_TA = logits_TU.max(dim=-1, keepdim=True)
     else:
         sorted_TU, order_TU = logits_TU.sort(dim=-1, descending=True, stable=True)
         kept_TA, ids_TA = sorted_TU[:, :k], order_TU[:, :k]
+    logprobs_TA = logits_TU.log_softmax(dim=-1).gather(1, ids_TA)  # one call where logsumexp is ten
+    logsumexp_T = (kept_TA - logprobs_TA)[:, 0]
     if d2t_U is not None:
-        ids_TA = ids_TA + d2t_U[ids_TA]
-    return DraftTokens(ids_TA, kept_TA - logsumexp_T[:, None], logsumexp_T)
+        ids_TA = ids_TA + d2t_U.take(ids_TA)
+    return DraftTokens(ids_TA, logprobs_TA, logsumexp_T)
 
 
 @triton.jit(do_not_specialize=["T"])

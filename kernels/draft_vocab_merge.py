@@ -70,8 +70,8 @@ def _draft_vocab_merge_kernel(
     maximum = tl.max(maxima, axis=0)
     # a row of nothing but -inf: -inf - -inf would be NaN
     shift = tl.where(maximum == -float("inf"), 0.0, maximum)
-    logsumexp = tl.log(tl.sum(sums * tl.exp(maxima - shift), axis=0)) + shift
-    tl.store(logsumexp_ptr + t, logsumexp)
+    log_total = tl.log(tl.sum(sums * tl.exp(maxima - shift), axis=0))
+    tl.store(logsumexp_ptr + t, log_total + shift)
 
     a = tl.arange(0, BLOCK_A)
     chosen = _largest(heads, a, A)
@@ -83,7 +83,8 @@ def _draft_vocab_merge_kernel(
     u = key_id(kept).to(tl.int64)
     offset = tl.load(d2t_ptr + u, mask=a < A, other=0) if HAS_MAP else 0
     tl.store(ids_ptr + t * A + a, u + offset, mask=a < A)
-    tl.store(logprobs_ptr + t * A + a, key_logit(kept) - logsumexp, mask=a < A)
+    # not from the stored sum: a sure token's tiny logprob would be a difference of large numbers
+    tl.store(logprobs_ptr + t * A + a, key_logit(kept) - shift - log_total, mask=a < A)
 
 
 def merge_tiles(

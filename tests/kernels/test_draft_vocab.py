@@ -7,6 +7,8 @@ final norm, logit scale, FP8 head; rounding before the choice; -inf logits, a ro
 NaN; layouts, rows beyond 2^31 elements; compilation; bad arguments.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -191,6 +193,15 @@ def test_minus_infinity_is_legal(device):
     assert actual.ids_TA.tolist() == eager.ids_TA.tolist() == [[290, 200, 0, 1]]
     assert_as_accurate(actual.logprobs_TA, truth.logprobs_TA, eager.logprobs_TA)
     assert (actual.logprobs_TA[:, 2:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("op", [draft_vocab, draft_vocab_ref])
+def test_tiny_logprob_of_a_sure_token(op, device):
+    """Exact to 2^-23; a difference of logit and logsumexp has multiples of 80's last bit, 2^-17."""
+    hidden, head = _column(torch.tensor([80.0, 68.0, 67.0] + [0.0] * 200), device)
+    expected = -torch.tensor(math.exp(-12) + math.exp(-13)).log1p()
+    logprob = op(hidden, head, None, 2).logprobs_TA[0, 0].cpu()
+    torch.testing.assert_close(logprob, expected, rtol=0, atol=2**-23)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and inf
