@@ -49,7 +49,7 @@ from aerie.kernels.embedding import Embedding
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
 from aerie.kernels.rms_norm import RMSNorm
-from aerie.kernels.rotation import inverse_frequencies, rotation, rotation_ref
+from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
 from aerie.llama4.cache import PagedKVCache, Step
 from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
 from aerie.llama4.communicator import Communicator, shard_of
@@ -247,12 +247,14 @@ class Eagle3Llama4ForCausalLM(Module):
         hidden_states_TD: Tensor,
         step: Step,
         inputs_embeds_TD: Tensor | None = None,
+        turns: Rotation | None = None,
     ) -> DraftOutput:
         """One pass: each row takes its hidden state and the token of the *next* position.
 
         `inputs_embeds_TD`, where that token is an image's, stands in place of its embeddings.
+        `turns` are those of the step's positions, where a caller has them (`rotation`).
         """
-        turns = self._rotation(step.rows.positions_T, self.inv_freq)
+        turns = turns or self.rotation(step.rows.positions_T)
         table_VD = self.embed_tokens.weight
         if inputs_embeds_TD is None and self.communicator is not None:
             inputs_embeds_TD = self.embed_tokens(input_ids_T)
@@ -263,6 +265,10 @@ class Eagle3Llama4ForCausalLM(Module):
         last = self.norm.add(stream.delta_TD, stream.residual_TD)
         next_hidden_TD = last.normed_TD if self.config.norm_output else last.residual_TD
         return DraftOutput(last.normed_TD, next_hidden_TD)
+
+    def rotation(self, positions_T: Tensor) -> Rotation:
+        """Cosines and sines of rows' positions."""
+        return self._rotation(positions_T, self.inv_freq)
 
     def merged_embeddings(
         self, next_ids_T: Tensor, start: int, images: ImageFeatures | None

@@ -20,7 +20,12 @@ from aerie.eagle3.sampled_drafts import Draws
 from aerie.eagle3.tree import DraftTree, GoesOn, chain
 from aerie.kernels.draft_vocab import DraftTokens
 from aerie.llama4.cache import PagedKVCache
-from aerie.llama4.device_steps import chain_shape, counting, device_step
+from aerie.llama4.device_steps import (
+    chain_shape,
+    counting,
+    device_step,
+    successive_steps,
+)
 from aerie.llama4.image_features import ImageFeatures
 
 
@@ -90,12 +95,15 @@ class CachedDrafter:
         self.draft(next_ids_T, hidden_TD, step, embeds_TD)
 
     def _siblings(
-        self, post_norm_TD: Tensor, positions_B: Tensor, rows: Sequence[int], count: int
+        self, post_norm_TD: Tensor, roots_B: Tensor, level: int, rows: Sequence[int], count: int
     ) -> DraftTokens:
-        """`count` tokens behind each of the `rows` of every tree: the likeliest, or drawn ones."""
+        """`count` tokens behind each of the `rows` of every tree: the likeliest, or drawn ones.
+
+        The trees' roots stand at positions `roots_B`, and these tokens `level` further on.
+        """
         if self.draws is None:
             return self.draft.top_tokens(post_norm_TD, count)
-        return self.draws.siblings(post_norm_TD, positions_B, rows, count)
+        return self.draws.siblings(post_norm_TD, roots_B + level, rows, count)
 
     def _catch_up(self, committed: Committed) -> DraftOutput:
         """Of the last committed row of every sequence: [B, D] states, to draft from."""
@@ -112,15 +120,6 @@ class CachedDrafter:
         return DraftOutput(output.post_norm_TD[last_B], output.next_hidden_TD[last_B])
 
 
-@dataclass(frozen=True)
-class Level:
-    """One drafted token of every sequence, and the states their own rows would start from."""
-
-    hidden_BD: Tensor
-    token_B1: Tensor
-    logprob_B1: Tensor
-
-
 class ChainDrafter(CachedDrafter):
     """Chains from an Eagle3 draft: of its likeliest tokens, or drawn."""
 
@@ -130,26 +129,21 @@ class ChainDrafter(CachedDrafter):
 
     def propose(self, committed: Committed) -> DraftTree:
         """A continuation of `num_tokens` tokens, as the draft sees it."""
-        lengths_B = committed.lengths_B
-        level = self._level(self._catch_up(committed), lengths_B, 0)
-        tokens, scores = [level.token_B1], [level.logprob_B1]
-        shape = chain_shape(1, lengths_B.device)
-        while len(tokens) < self.num_tokens:
+        draft, lengths_B = self.draft, committed.lengths_B
+        output = self._catch_up(committed)
+        top = self._siblings(output.post_norm_TD, lengths_B, 1, [0], 1)
+        tokens, scores = [top.ids_TA], [top.logprobs_TA]
+        further = successive_steps(self.cache, lengths_B, self.num_tokens - 1)
+        turns = draft.rotation(further.positions_NB.view(-1)).split(len(lengths_B))
+        for row, (step, own_turns) in enumerate(zip(further.steps, turns, strict=True), start=1):
             if self.goes_on is not None and not self.goes_on(scores[-1]):
                 break
-            step = device_step(self.cache, lengths_B, shape)
-            ids_B = level.token_B1.contiguous().view(-1)
-            output = self.draft(ids_B, level.hidden_BD, step)
-            lengths_B = lengths_B + 1
-            level = self._level(output, lengths_B, len(tokens))
-            tokens.append(level.token_B1)
-            scores.append(scores[-1] + level.logprob_B1)
+            ids_B = tokens[-1].flatten()
+            output = draft(ids_B, output.next_hidden_TD, step, turns=own_turns)
+            top = self._siblings(output.post_norm_TD, lengths_B, row + 1, [row], 1)
+            tokens.append(top.ids_TA)
+            scores.append(scores[-1] + top.logprobs_TA)
         drafted = chain(torch.cat(tokens, dim=1), torch.cat(scores, dim=1))
         if self.draws is None:
             return drafted
         return replace(drafted, drawn=self.draws.drawn(range(-1, len(tokens))))
-
-    def _level(self, output: DraftOutput, lengths_B: Tensor, row: int) -> Level:
-        """Behind the chain's `row`, which stands at position `lengths_B`."""
-        top = self._siblings(output.post_norm_TD, lengths_B + 1, [row], 1)
-        return Level(output.next_hidden_TD, top.ids_TA, top.logprobs_TA)

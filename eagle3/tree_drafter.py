@@ -185,8 +185,9 @@ class StaticTreeDrafter(TreeDrafter):
         )
         tokens, scores = [], []
         for number, level in enumerate(self._levels, start=1):
-            positions_B = committed.lengths_B + number
-            top = self._siblings(output.post_norm_TD, positions_B, level.parents, level.width)
+            top = self._siblings(
+                output.post_norm_TD, committed.lengths_B, number, level.parents, level.width
+            )
             ids_BKA = top.ids_TA.view(sequences, -1, level.width)
             logprobs_BKA = top.logprobs_TA.view(ids_BKA.shape)
             tokens.append(ids_BKA[:, level.parent_K, level.rank_K])

@@ -48,6 +48,11 @@ class Rotation:
         """cos + i sin, for the reference: rotating a pair is one complex product."""
         return torch.complex(self.cos_TJ, self.sin_TJ)[:, None]
 
+    def split(self, rows: int) -> "list[Rotation]":
+        """Those of steps of `rows` rows each, which follow each other here."""
+        parts = (slice(first, first + rows) for first in range(0, len(self.cos_TJ), rows))
+        return [Rotation(self.cos_TJ[part], self.sin_TJ[part]) for part in parts]
+
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> Tensor:
     """The [J] frequencies f, scaled if asked. Raises ValueError on an odd head dimension."""
@@ -72,7 +77,7 @@ def _scale(frequency_J: Tensor, scaling: Llama3Scaling) -> Tensor:
 def rotation_ref(positions_T: Tensor, inv_freq_J: Tensor) -> Rotation:
     """The formula above in PyTorch."""
     angle_TJ = positions_T[:, None].float() * inv_freq_J
-    return Rotation(angle_TJ.cos(), angle_TJ.sin())
+    return Rotation(angle_TJ.cos(), angle_TJ.sin_())
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -7,7 +7,7 @@ that turn out to be none, behind those accepted, are overwritten by the next ste
 Letters: B sequences of the step, N rows of each.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -48,6 +48,33 @@ def device_step(
     return Step(tuple(placements), cache)
 
 
+@dataclass(frozen=True)
+class SuccessiveSteps:
+    """Steps of one row per sequence, each behind the one before; `positions_NB` is theirs."""
+
+    positions_NB: Tensor
+    steps: list[Step]
+
+
+def successive_steps(cache: PagedKVCache, lengths_B: Tensor, count: int) -> SuccessiveSteps:
+    """`count` of `device_step`'s, one row each, drawn up together: step n stands at `lengths_B` + n
+    and sees the rows of those before it. A drafted chain would otherwise ask for each on its own.
+    """
+    (sequences,), device = lengths_B.shape, lengths_B.device
+    positions_NB = lengths_B + counting(count, device)[:, None]
+    prefixes_NB, starts_B1 = positions_NB.int(), _row_starts(sequences, 1, device)
+    placements: list[list[Placement]] = [[] for _ in range(count)]
+    for pool in cache.pools:
+        table_BM = rows_of(pool.page_table_BM, 0, sequences)
+        slots_NB = rows_of(pool.slots_BS, 0, sequences).t().gather(0, positions_NB)
+        for n, (positions_B, prefixes_B, slots_B) in enumerate(
+            zip(positions_NB.unbind(), prefixes_NB.unbind(), slots_NB.unbind(), strict=True)
+        ):
+            rows = TreeRows(positions_B, starts_B1, prefixes_B, table_BM, None, 1)
+            placements[n].append(Placement(rows, slots_B))
+    return SuccessiveSteps(positions_NB, [Step(tuple(own), cache) for own in placements])
+
+
 def commit_paths(cache: PagedKVCache, lengths_B: Tensor, path_BP: Tensor) -> None:
     """Moves the rows `path_BP` (ascending; -1: none) of the last step to the front, in place."""
     sequences, rows = path_BP.shape
@@ -62,6 +89,8 @@ def commit_paths(cache: PagedKVCache, lengths_B: Tensor, path_BP: Tensor) -> Non
 
 def per_row(values_N: Tensor, sequences: int) -> Tensor:
     """[N], shared by all sequences, or [B, N], as contiguous [B * N]."""
+    if values_N.ndim == 1 and sequences == 1:
+        return values_N
     if values_N.ndim == 1:
         values_N = values_N.expand(sequences, -1)
     return values_N.contiguous().view(-1)

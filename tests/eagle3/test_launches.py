@@ -1,7 +1,8 @@
 """How many kernels one recycled draft level launches: forward pass and top token, no host work.
 
 Counted in a profile of the real path: every Triton launch, and every PyTorch operation that would
-launch a kernel on a GPU (views and allocations do not).
+launch a kernel on a GPU (views and allocations do not). Positions, slots and rotations are not
+among them: a chain asks for those of all its levels at once (`successive_steps`).
 """
 
 from collections import Counter
@@ -12,10 +13,10 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
 from aerie.kernels import backend, tree_attention
+from aerie.llama4.device_steps import successive_steps
 
 LAUNCH = "triton launch"
 EXPECTED = {
-    "_rotation_kernel": 1,
     "_qkv_projection_kernel": 1,
     "_attention_prologue_kernel": 1,
     "_tree_attention_kernel": 1,
@@ -69,10 +70,11 @@ def test_launches_of_a_recycled_level(
     monkeypatch.setattr(kernel_type, "__getitem__", counted)
     monkeypatch.setattr(tree_attention, "check_values", lambda *_: None)  # of CPU tensors alone
     draft = load_draft(draft_files("llama"), make_target(), "triton")
-    step = draft.allocate_cache(max_length).causal_step(1)
+    (step,) = successive_steps(draft.allocate_cache(max_length), torch.tensor([2]), 1).steps
+    turns = draft.rotation(step.rows.positions_T)
     ids, hidden = torch.tensor([3]), torch.randn(1, draft.config.hidden_size)
     torch.use_deterministic_algorithms(False)  # else allocations are filled with NaN
-    draft.top_tokens(draft(ids, hidden, step).post_norm_TD, 1)  # counters are zeroed once
+    draft.top_tokens(draft(ids, hidden, step, turns=turns).post_norm_TD, 1)  # zeroes its counters
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-        draft.top_tokens(draft(ids, hidden, step).post_norm_TD, 1)
+        draft.top_tokens(draft(ids, hidden, step, turns=turns).post_norm_TD, 1)
     assert launches(profiled) == EXPECTED | of_attention
