@@ -7,6 +7,7 @@ of them are accepted where the target is undecided, and the output has the same 
 is no longer the very same as without a draft.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
@@ -216,8 +217,10 @@ def _both(threshold: float, goes_on: GoesOn | None) -> GoesOn | None:
     if threshold == 0:
         return goes_on
 
+    least = math.log(threshold)
+
     def is_confident(scores_K: Tensor) -> bool:
-        return float(scores_K.max().exp()) >= threshold and (goes_on is None or goes_on(scores_K))
+        return scores_K.max().item() >= least and (goes_on is None or goes_on(scores_K))
 
     return is_confident
 

@@ -58,7 +58,7 @@ def accept_ref(
     ]
     result = torch.tensor(columns, dtype=torch.int64, device=tokens_T.device)
     result = result.view(len(walks), 2 * max_path + 2)
-    path_BP, ids_BP, last_B2 = result.split((max_path, max_path, 2), dim=1)
+    path_BP, ids_BP, last_B2 = result.split_with_sizes((max_path, max_path, 2), dim=1)
     return Acceptance(path_BP, ids_BP, last_B2[:, 0], last_B2[:, 1])
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aerie.kernels.backend import check_dtype, check_launchable
+from aerie.kernels.backend import check_dtype, check_launchable, constant
 from aerie.kernels.choice_key import choice_key, key_id, key_value
 from aerie.kernels.draft_vocab_merge import sort_key
 
@@ -25,7 +25,8 @@ from aerie.kernels.draft_vocab_merge import sort_key
 def argmax_ref(logits_TV: Tensor) -> Tensor:
     """The rule above in PyTorch, whose `max` promises the first of equal maxima and keeps NaN."""
     maximum_T, ids_T = logits_TV.max(dim=-1)
-    return torch.where(maximum_T.abs() < torch.inf, ids_T, -1)
+    is_finite_T = maximum_T.abs() < constant(torch.inf, maximum_T)
+    return torch.where(is_finite_T, ids_T, constant(-1, ids_T))
 
 
 def argmax_keys_ref(logits_TV: Tensor, first: int) -> Tensor:

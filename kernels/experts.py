@@ -21,8 +21,6 @@ such a scale was calibrated on the scaled input and would cut off the unscaled o
 Letters: T rows, A experts per token, P = T * A pairs, E experts, D hidden, F feed-forward width.
 """
 
-from collections import Counter
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,7 +51,6 @@ def experts_ref(
 ) -> Tensor:
     """The formula above in PyTorch; the rows of one expert are multiplied together."""
     choices = routing.ids_TA.shape[1]
-    ids = [e - first_expert for row in routing.ids_TA.tolist() for e in row]
     rows, scores_P1 = x_TD, routing.scores_TA
     if choices > 1:
         scores_P1 = scores_P1.reshape(-1, 1)
@@ -61,41 +58,45 @@ def experts_ref(
     if is_dynamic:
         rows = dequantized(quantized or quantize_ref(x_TD, gate_up.is_blocked))
     rows_PD = rows if choices == 1 else rows.repeat_interleave(choices, dim=0)
+    ids_P = routing.ids_TA.reshape(-1)
     if is_dynamic:
-        routed = _routed_ref(rows_PD, widened(scores_P1), ids, gate_up, down)
+        routed = _routed_ref(rows_PD, widened(scores_P1), ids_P, first_expert, gate_up, down)
     else:
-        routed = _routed_ref(rows_PD * scores_P1, None, ids, gate_up, down)
+        routed = _routed_ref(rows_PD * scores_P1, None, ids_P, first_expert, gate_up, down)
     if choices > 1:
         routed = routed.view(-1, choices, x_TD.shape[1]).sum(dim=1)
     routed = rounded(routed, x_TD.dtype)
-    return routed if shared_TD is None else shared_TD + routed
+    return routed if shared_TD is None else routed.add_(shared_TD)
 
 
 def _routed_ref(
     rows_PD: Tensor,
     factor_P1: Tensor | None,
-    ids: list[int],
+    ids_P: Tensor,
+    first_expert: int,
     gate_up: ExpertMatrix,
     down: ExpertMatrix,
 ) -> Tensor:
     """Every pair through its expert. Sorted by expert, so that only the products are separate."""
-    num_experts = gate_up.weight.shape[0]
-    if len(set(ids)) == 1 and 0 <= ids[0] < num_experts:
-        product = _first_product(rows_PD, gate_up, ids[0])
-        return _second_product(_activated(product, factor_P1), down, ids[0])
-    here = [pair for pair, e in enumerate(ids) if 0 <= e < num_experts]
+    ids, num_experts = ids_P.tolist(), gate_up.weight.shape[0]
+    chosen = set(ids)
+    if len(chosen) == 1 and 0 <= (expert := ids[0] - first_expert) < num_experts:
+        product = _first_product(rows_PD, gate_up, expert)
+        return _second_product(_activated(product, factor_P1), down, expert)
+    used = [e for e in sorted(chosen) if 0 <= e - first_expert < num_experts]
     routed = torch.zeros_like(widened(rows_PD) if gate_up.is_fp8 else rows_PD)
-    if not here:
+    if not used:
         return routed
-    here.sort(key=ids.__getitem__)
-    counts = Counter(ids[pair] for pair in here)
-    sizes = list(counts.values())
-    here_P = torch.tensor(here, dtype=torch.int64, device=rows_PD.device)
-    mine = rows_PD.index_select(0, here_P).split(sizes)
-    both = torch.cat([_first_product(x, gate_up, e) for e, x in zip(counts, mine, strict=True)])
-    inner = _activated(both, None if factor_P1 is None else factor_P1[here_P]).split(sizes)
-    outer = torch.cat([_second_product(x, down, e) for e, x in zip(counts, inner, strict=True)])
-    return routed.index_copy_(0, here_P, outer)
+    numbers, sizes = [e - first_expert for e in used], [ids.count(e) for e in used]
+    here_P = ids_P.argsort(stable=True)
+    if sum(sizes) < len(ids):  # those of experts elsewhere stand around them
+        here_P = here_P.narrow(0, sum(e < first_expert for e in ids), sum(sizes))
+    mine = rows_PD.index_select(0, here_P).split_with_sizes(sizes)
+    both = [_first_product(x, gate_up, e) for e, x in zip(numbers, mine, strict=True)]
+    factor = None if factor_P1 is None else factor_P1[here_P]
+    inner = _activated(torch.cat(both), factor).split_with_sizes(sizes)
+    outer = [_second_product(x, down, e) for e, x in zip(numbers, inner, strict=True)]
+    return routed.index_copy_(0, here_P, torch.cat(outer))
 
 
 def _first_product(rows: Tensor, gate_up: ExpertMatrix, expert: int) -> Tensor:

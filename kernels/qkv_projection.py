@@ -63,9 +63,10 @@ def qkv_projection_ref(
     bias_F: Tensor | None = None,
 ) -> Tensor:
     """The formula above in PyTorch; raises IndexError on an id outside [0, V)."""
-    embed_TD = rms_norm_ref(embedding_ref(ids_T, table_VD), embed_weight_D, eps)
-    normed_TD = rms_norm_ref(hidden_TD, hidden_weight_D, eps)
-    return projected(torch.cat([embed_TD, normed_TD], dim=-1), weight_F2D, bias_F, scale_F)
+    halves_T2D = torch.stack((embedding_ref(ids_T, table_VD), hidden_TD), dim=1)
+    gains_2D = torch.stack((embed_weight_D, hidden_weight_D))
+    normed_T2D = rms_norm_ref(halves_T2D, gains_2D, eps)
+    return projected(normed_T2D.flatten(1), weight_F2D, bias_F, scale_F)
 
 
 @triton.jit(do_not_specialize=["T", "V"])

@@ -12,6 +12,7 @@ Letters: T rows, D width.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -42,7 +43,7 @@ class NormedResidual:
 
 def rms_norm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The formula above in PyTorch, float32 inside."""
-    return normalise_ref(x_TD, eps) * weight_D
+    return normalise_ref(x_TD, eps).mul_(weight_D)
 
 
 def normalise_ref(x_TD: Tensor, eps: float) -> Tensor:
@@ -51,11 +52,27 @@ def normalise_ref(x_TD: Tensor, eps: float) -> Tensor:
     PyTorch wraps a Python number of a formula in a new tensor, which takes as long as arithmetic
     on a row; hence the constants.
     """
-    wide, width = widened(x_TD), x_TD.shape[-1]
-    length_T1 = torch.linalg.vector_norm(wide, 2, -1, True)
-    length_T1 = torch.hypot(length_T1, constant(math.sqrt(width * eps), wide))
-    normed_TD = torch.addcdiv(constant(0.0, wide), wide, length_T1, value=math.sqrt(width))
+    wide = widened(x_TD)
+    own = _norm_constants(wide.shape[-1], eps, wide.dtype, wide.device)
+    length_T1 = torch.linalg.vector_norm(wide, 2, -1, True).hypot_(own.root_of_eps)
+    normed_TD = torch.addcdiv(own.zero, wide, length_T1, value=own.root_of_width)
     return rounded(normed_TD, x_TD.dtype)
+
+
+@dataclass(frozen=True)
+class _NormConstants:
+    zero: Tensor
+    root_of_eps: Tensor  # sqrt(D eps)
+    root_of_width: float
+
+
+@lru_cache(maxsize=256)
+def _norm_constants(
+    width: int, eps: float, dtype: torch.dtype, device: torch.device
+) -> _NormConstants:
+    like = torch.empty((), dtype=dtype, device=device)
+    root_of_eps = constant(math.sqrt(width * eps), like)
+    return _NormConstants(constant(0.0, like), root_of_eps, math.sqrt(width))
 
 
 def add_rms_norm_ref(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float):

@@ -49,8 +49,9 @@ def turn_ref(
     """Rotation and norm of any heads; a pair is a complex number, of which neighbours are views."""
     wide = widened(x_THK)
     if layout == "half":
-        turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation.turns_T1J
-        rotated = torch.cat((turned.real, turned.imag), dim=-1)
+        half = wide.shape[-1] // 2
+        pairs = torch.complex(*wide.split_with_sizes((half, half), dim=-1)) * rotation.turns_T1J
+        rotated = torch.view_as_real(pairs).transpose(-1, -2).flatten(-2)
     else:
         rotated = (wide.view(wide.dtype.to_complex()) * rotation.turns_T1J).view(wide.dtype)
     rotated = rounded(rotated, x_THK.dtype)

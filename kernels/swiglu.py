@@ -21,13 +21,14 @@ from aerie.kernels.backend import check_dtype, check_launchable
 
 def swiglu_ref(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """The formula above in PyTorch."""
-    return F.silu(gate_TF) * up_TF
+    return F.silu(gate_TF).mul_(up_TF)
 
 
 def swiglu_halves_ref(gate_up_TF2: Tensor) -> Tensor:
     """`swiglu_ref` of the two halves of a packed projection, gate first."""
-    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
-    return F.silu(gate_TF) * up_TF
+    width = gate_up_TF2.shape[-1] // 2
+    gate_TF, up_TF = gate_up_TF2.split_with_sizes((width, width), dim=-1)
+    return F.silu(gate_TF).mul_(up_TF)
 
 
 @triton.jit

@@ -7,8 +7,10 @@ Letters: T rows, B sequences, N rows of one sequence, S keys, M pages per sequen
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TREE_ROWS = 64  # bits of an ancestor word
@@ -72,12 +74,15 @@ def _seen_by_sequence(
     first = 0 if chunk_size is None else prefix // chunk_size * chunk_size
     slots = _flat_slots(rows.page_table_BM[b], first, prefix + new, page_size)
     if new == 1:
-        return [SeenKeys(own, slots, rows.positions_T.new_zeros(1, 1, dtype=torch.float32), is_all)]
+        return [SeenKeys(own, slots, _sees_all(rows.positions_T.device), is_all)]
     if chunk_size is not None and first + chunk_size >= prefix + new:
         chunk_size = None  # all of them stand in one chunk, which the slots begin with
-    visible_NS = _visible(rows, own, prefix - first, first, chunk_size)
-    bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
-    bias_NS.masked_fill_(~visible_NS, -torch.inf)
+    if rows.ancestors_T is None and chunk_size is None:
+        bias_NS = F.pad(_causal_bias(new, rows.positions_T.device), (prefix - first, 0))
+    else:
+        visible_NS = _visible(rows, own, prefix - first, first, chunk_size)
+        bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
+        bias_NS.masked_fill_(~visible_NS, -torch.inf)
     if new <= ROW_BLOCK:
         return [SeenKeys(own, slots, bias_NS, is_all)]
     starts = range(own.start, own.stop, ROW_BLOCK)
@@ -85,6 +90,18 @@ def _seen_by_sequence(
         SeenKeys(slice(start, start + block_NS.shape[0]), slots, block_NS, False)
         for start, block_NS in zip(starts, bias_NS.split(ROW_BLOCK), strict=True)
     ]
+
+
+@lru_cache(maxsize=16)  # of a few chain lengths; a prompt's may take megabytes
+@torch.inference_mode(False)
+def _causal_bias(rows: int, device: torch.device) -> Tensor:
+    return torch.full((rows, rows), -torch.inf, device=device).triu_(1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _sees_all(device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, device=device)
 
 
 def _flat_slots(table_M: Tensor, first: int, end: int, page_size: int) -> Tensor | slice:

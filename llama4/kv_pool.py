@@ -142,4 +142,4 @@ class KVPool:
 
 def rows_of(table: Tensor, first: int, count: int) -> Tensor:
     """Rows `first` .. of a table; the table itself where that is all of it."""
-    return table if count == len(table) else table[first : first + count]
+    return table if count == table.shape[0] else table[first : first + count]

@@ -121,7 +121,7 @@ def test_sequences_of_a_batch_do_not_mix(make_pair, assert_close):
     assert_close(logits[11:], their_logits(pair, second), TOLERANCE)
 
 
-def test_taps_are_the_inputs_of_layers(make_pair):
+def test_taps_are_the_inputs_of_layers(make_pair, assert_close):
     """`hidden_states[i]` of transformers is the un-normed input of layer i."""
     pair = make_pair(17)
     ids = torch.randint(0, 96, (12,))
@@ -129,7 +129,7 @@ def test_taps_are_the_inputs_of_layers(make_pair):
     taps = pair.ours(ids, pair.ours.allocate_cache(12).causal_step(12)).aux_hidden_states
     hidden = pair.theirs(ids[None], output_hidden_states=True).hidden_states
     for tap, layer in zip(taps, (0, 2, 3), strict=True):
-        torch.testing.assert_close(tap, hidden[layer][0], rtol=1e-5, atol=1e-5)
+        assert_close(tap, hidden[layer][0], TOLERANCE)
 
 
 def test_last_tap_is_not_normed(make_pair, assert_close):
