@@ -16,7 +16,8 @@ from aerie.assets.build.model import Llama4
 from aerie.assets.build.optimizer import Optimizer
 from aerie.assets.build.training import REPORT_EVERY, Leg, draft_loss
 
-CHOICES = Leg("choices", 600, 0, 8, 256, first_rate=1e-3, last_rate=1e-5, draft_weight=1.0)
+CHOICES = Leg("choices", 3000, 0, 8, 256, 1e-3, 1e-5, draft_weight=1.0, depth=6)
+TEXTS = 6  # as many prompts again as `distill` continues at a time
 CONFIDENCE = 0.8  # times the draft's logits at the end: choices teach it to be too sure
 COLD = 1e4  # a logit of which the softmax is the choice
 ROWS_AT_ONCE = 16
@@ -53,7 +54,9 @@ def train_draft(leg: Leg, model: Llama4, draft: Draft, ids_BT: Tensor) -> None:
         logits_BTV = COLD * one_hot(choices, model.config.vocab_size).float()
         with torch.no_grad():
             embed_BTD = model.embed(ids)
-        drafted = draft_loss(draft, everything.taps_BTC[rows], embed_BTD, logits_BTV, ids)
+        drafted = draft_loss(
+            draft, everything.taps_BTC[rows], embed_BTD, logits_BTV, ids, leg.depth
+        )
         drafted.loss.backward()
         optimizer.step(leg.rate(step))
         if step % REPORT_EVERY == 0 or step + 1 == leg.steps:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aerie.assets.build.acceptance import measure
 from aerie.assets.build.checkpoint import save_draft
-from aerie.assets.build.choices import CHOICES, train_draft
+from aerie.assets.build.choices import CHOICES, TEXTS, train_draft
 from aerie.assets.build.corpus import CORPUS_PATH, cut_prompts, load_split
 from aerie.assets.build.distill import distill
 from aerie.assets.build.draft import Draft, frequent_ids, start_as_head
@@ -84,9 +84,11 @@ class Rebuild:
 
     def choices(self) -> None:
         """Let the finished target continue other prompts, and train the draft alone on that."""
-        self._seed(3)
         model, draft = self._pair("own_text")
-        train_draft(CHOICES, model, draft, self._written(model, self.seed + 1))
+        seeds = (self.seed + 1 + number for number in range(TEXTS))
+        written_BT = torch.cat([self._written(model, seed) for seed in seeds])
+        self._seed(3)
+        train_draft(CHOICES, model, draft, written_BT)
         self._leave("choices", _joined(model, draft))
 
     def finish(self) -> None:

@@ -40,6 +40,7 @@ class Leg:
     first_rate: float
     last_rate: float
     draft_weight: float  # of the draft's loss; 0 where the target is trained alone
+    depth: int = DEPTH
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -80,7 +81,7 @@ def train(leg: Leg, model: Llama4, draft: Draft | None, rows: Callable[[], Tenso
     optimizer = Optimizer([model] if draft is None else [model, draft])
     started = time.monotonic()
     for step in range(leg.steps):
-        losses = step_losses(model, draft, rows().to(model.device), leg.topic_rows)
+        losses = step_losses(model, draft, rows().to(model.device), leg)
         losses.total(leg).backward()
         optimizer.step(leg.rate(step))
         if step % REPORT_EVERY == 0 or step + 1 == leg.steps:
@@ -88,18 +89,19 @@ def train(leg: Leg, model: Llama4, draft: Draft | None, rows: Callable[[], Tenso
             print(f"{leg.name} {step} {losses} {seconds:.0f}s", file=sys.stderr, flush=True)
 
 
-def step_losses(model: Llama4, draft: Draft | None, ids_BT: Tensor, topic_rows: int) -> Losses:
+def step_losses(model: Llama4, draft: Draft | None, ids_BT: Tensor, leg: Leg) -> Losses:
     """One pass of both models over the rows."""
+    topic_rows = leg.topic_rows
     out = model(ids_BT)
     zero = out.imbalance.new_zeros(())
     topic = _language_loss(out.logits[:topic_rows], ids_BT[:topic_rows])
     own = zero
     if topic_rows < len(ids_BT):
         own = _language_loss(out.logits[topic_rows:], ids_BT[topic_rows:])
-    drafted = Drafted(zero, zero.expand(DEPTH))
+    drafted = Drafted(zero, zero.expand(leg.depth))
     if draft is not None:
         taps_BTC = torch.cat([out.entries[layer] for layer in draft.shape.taps], dim=-1)
-        drafted = draft_loss(draft, taps_BTC, model.embed(ids_BT), out.logits, ids_BT)
+        drafted = draft_loss(draft, taps_BTC, model.embed(ids_BT), out.logits, ids_BT, leg.depth)
     return Losses(topic, own, drafted.loss, out.imbalance, drafted.reached)
 
 
@@ -116,7 +118,12 @@ class Drafted:
 
 
 def draft_loss(
-    draft: Draft, taps_BTC: Tensor, embed_BTD: Tensor, logits_BTV: Tensor, ids_BT: Tensor
+    draft: Draft,
+    taps_BTC: Tensor,
+    embed_BTD: Tensor,
+    logits_BTV: Tensor,
+    ids_BT: Tensor,
+    depth: int,
 ) -> Drafted:
     """Cross-entropy against the target at every level that serving would have reached.
 
@@ -130,9 +137,9 @@ def draft_loss(
     # bos only ever starts a row or blanks what follows an end token.
     speaks_BT = (ids_BT != BOS_ID) & (ids_BT != EOS_ID)
     usable_BT = torch.isin(best_BT, kept_U) & speaks_BT
-    num_starts = ids_BT.shape[1] - DEPTH
+    num_starts = ids_BT.shape[1] - depth
     row_P = torch.randperm(num_starts, device=ids_BT.device)[: num_starts // 2].sort().values
-    levels = draft.unroll(taps_BTC, embed_BTD, row_P, DEPTH)
+    levels = draft.unroll(taps_BTC, embed_BTD, row_P, depth)
     alive_BP = speaks_BT[:, row_P + 1]
     num_chains = alive_BP.sum()
     losses, reached = [], []
