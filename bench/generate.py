@@ -1,8 +1,9 @@
 """Tokens per second of the embedded pair: plain, speculative, and transformers' own `generate`.
 
-All three decode one checkpoint from the same held-out prompts, in alternation, batch 1, greedy;
-a speed is the median over the prompts. On a CPU with a model this small the draft's share of a
-round is large; a served Llama 4 is another case.
+All of them decode one checkpoint from the same held-out prompts, in alternation, batch 1, greedy.
+A speed is the median over the prompts, two runs of each. Speculation is a chain of four, and one of
+up to ten that ends where the draft is no longer sure. On a CPU with a model this small the draft's
+share of a round is large; a served Llama 4 is another case.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import generate
+from aerie.eagle3.policies import Chain, Policy
 from aerie.eagle3.stats import Stats
 from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET
 from aerie.llama4.model import Llama4ForCausalLM
@@ -23,7 +25,13 @@ from aerie.text import load_tokenizer
 
 NEW_TOKENS = 128
 BATCH, BATCH_REPEATS = 8, 3  # prompts side by side; runs of each kind, in alternation
-PROVIDERS = ("transformers", "plain", "speculative")
+REPEATS = 2  # of all prompts
+POLICIES = {
+    "plain": None,
+    "chain of 4": Chain(4),
+    "chain of 10, confidence 0.35": Chain(10, confidence_threshold=0.35),
+}
+PROVIDERS = ("transformers", *POLICIES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def heldout_ids() -> list[list[int]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """A second thread makes none of the three faster: a step is many small products."""
+    """A second thread makes none of them faster: a step is many small products."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -73,11 +81,11 @@ def theirs(device):
 
 @pytest.fixture(scope="session")
 def runs(request, heldout_ids) -> dict[str, list[Run]]:
-    """One run per prompt and provider, in alternation: what else the machine does slows each."""
+    """Of every prompt and provider, in alternation: what else the machine does slows each."""
     runs: dict[str, list[Run]] = {name: [] for name in PROVIDERS}
-    for ids in [heldout_ids[0], *heldout_ids]:  # the first is a warm-up
+    for ids in [heldout_ids[0], *REPEATS * heldout_ids]:  # the first is a warm-up
         for name in PROVIDERS:
-            runs[name].append(_timed(DECODERS[name](request, ids)))
+            runs[name].append(_timed(_decoder(request, name, ids)))
     return {name: measured[1:] for name, measured in runs.items()}
 
 
@@ -89,11 +97,11 @@ def _timed(decode: Callable[[], Stats | None]) -> Run:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_generate(provider, request, benchmark, environment, heldout_ids, runs):
-    benchmark.pedantic(DECODERS[provider](request, heldout_ids[0]), rounds=1)
+    benchmark.pedantic(_decoder(request, provider, heldout_ids[0]), rounds=1)
     mine = runs[provider]
     benchmark.extra_info |= environment | {
         "tokens": NEW_TOKENS,
-        "prompts": len(mine),
+        "prompts": len(heldout_ids),
         "acceptance_length": mean(run.acceptance_length for run in mine),
         "tokens_per_second": NEW_TOKENS / median(run.seconds for run in mine),
     }
@@ -158,20 +166,19 @@ def _transformers(request, prompt_ids):
     return decode
 
 
-def _ours(request, prompt_ids, with_draft: bool):
+def _ours(request, prompt_ids, policy: Policy | None):
     target = request.getfixturevalue("target")
-    draft = request.getfixturevalue("draft") if with_draft else None
+    draft = None if policy is None else request.getfixturevalue("draft")
 
     def decode() -> Stats:
-        result = generate(target, prompt_ids, NEW_TOKENS, draft, eos_token_ids=())
+        result = generate(target, prompt_ids, NEW_TOKENS, draft, eos_token_ids=(), policy=policy)
         assert len(result.tokens) == NEW_TOKENS
         return result.stats
 
     return decode
 
 
-DECODERS = {
-    "transformers": _transformers,
-    "plain": lambda request, ids: _ours(request, ids, with_draft=False),
-    "speculative": lambda request, ids: _ours(request, ids, with_draft=True),
-}
+def _decoder(request, provider: str, prompt_ids: list[int]) -> Callable[[], Stats | None]:
+    if provider == "transformers":
+        return _transformers(request, prompt_ids)
+    return _ours(request, prompt_ids, POLICIES[provider])

@@ -117,7 +117,8 @@ class CachedDrafter:
         if rows == 1:
             return output
         last_B = committed.counts_B - 1 + rows * counting(sequences, device)
-        return DraftOutput(output.post_norm_TD[last_B], output.next_hidden_TD[last_B])
+        states = output.post_norm_TD, output.next_hidden_TD
+        return DraftOutput(*(state_TD.index_select(0, last_B) for state_TD in states))
 
 
 class ChainDrafter(CachedDrafter):

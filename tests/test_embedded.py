@@ -19,7 +19,7 @@ from aerie.embedded import ASSETS, DRAFT, HELDOUT_PROMPTS, TARGET
 from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 
-HELDOUT_FLOOR = 2.9  # acceptance length at k = 4, mean over all held-out prompts
+HELDOUT_FLOOR = 3.1  # acceptance length at k = 4, mean over all held-out prompts
 NEW_TOKENS = 64
 
 
@@ -59,7 +59,7 @@ def test_acceptance_on_heldout_prompts(target, draft, tokenizer):
 
 
 def test_taps_one_layer_early_lower_the_acceptance(target, draft, tokenizer):
-    """Outputs' ids read as inputs: a common silent mistake (an earlier draft: 3.18 -> 2.87)."""
+    """Outputs' ids read as inputs: a common silent mistake (3.44 -> 3.10)."""
     prompts = heldout(tokenizer)[:12]
     right = acceptance_length(target, draft, prompts)
     layers = target.get_eagle3_default_aux_hidden_state_layers()
