@@ -116,9 +116,8 @@ class CachedDrafter:
         output = self.draft(committed.next_ids_BP.contiguous().view(-1), hidden_TD, step)
         if rows == 1:
             return output
-        last_B = committed.counts_B - 1 + rows * counting(sequences, device)
-        states = output.post_norm_TD, output.next_hidden_TD
-        return DraftOutput(*(state_TD.index_select(0, last_B) for state_TD in states))
+        last_B = committed.counts_B - 1 + rows * counting(sequences, device)  # -1 of an idle first row
+        return DraftOutput(output.post_norm_TD[last_B], output.next_hidden_TD[last_B])
 
 
 class ChainDrafter(CachedDrafter):
