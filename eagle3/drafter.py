@@ -116,7 +116,8 @@ class CachedDrafter:
         output = self.draft(committed.next_ids_BP.contiguous().view(-1), hidden_TD, step)
         if rows == 1:
             return output
-        last_B = committed.counts_B - 1 + rows * counting(sequences, device)  # -1 of an idle first row
+        # -1 where the first row is idle: indexing takes it, and nobody looks at the result
+        last_B = committed.counts_B - 1 + rows * counting(sequences, device)
         return DraftOutput(output.post_norm_TD[last_B], output.next_hidden_TD[last_B])
 
 

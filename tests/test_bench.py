@@ -570,7 +570,7 @@ def test_a_warm_call_has_no_percent_of_the_floor():
 
 def test_table_of_the_generate_bench():
     text = tables.table(json.loads((ROOT / "bench/results/cpu-generate.json").read_text()))
-    assert "bench_generate[speculative]" in text
+    assert "bench_generate[chain of 4]" in text
 
 
 def test_merge_updates_rows_in_place(tmp_path):
