@@ -99,7 +99,7 @@ def _attend_ref(
     else:
         q_GPK = wide_NHK.view(N, G, H // G, K).transpose(0, 1).reshape(G, -1, K)
     bias_PS = rounded(seen.bias(N * H // G), q_GPK.dtype)
-    beta = 0 if N == 1 else 1  # a single row sees all: its bias is zero, and need not be read
+    beta = 0 if bias_PS.numel() == 1 else 1  # a row that sees all: its zero need not be read
     scores_GPS = torch.baddbmm(bias_PS, q_GPK, k_SGK.permute(1, 2, 0), beta=beta, alpha=scale)
     out_GPK = torch.bmm(scores_GPS.softmax(dim=-1), v_SGK.transpose(0, 1))
     if N > 1:
