@@ -1,14 +1,16 @@
 # `make demo` and `make test` work in a fresh clone with nothing installed but Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: demo test check bench gpu assets wheel clean
 
 demo: .venv/runtime
 	$(BIN)/aerie generate --prompt "The with statement" --check
 
+# in WORKERS processes of one thread each
 test: .venv/test check
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 check: .venv/test
 	$(BIN)/ruff check .
