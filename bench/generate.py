@@ -18,6 +18,7 @@ import torch
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.generate import generate
 from aerie.eagle3.policies import Chain, Policy
+from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.stats import Stats
 from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET
 from aerie.llama4.model import Llama4ForCausalLM
@@ -32,6 +33,11 @@ POLICIES = {
     "chain of 10, confidence 0.35": Chain(10, confidence_threshold=0.35),
 }
 PROVIDERS = ("transformers", *POLICIES)
+ACCEPTANCES = {
+    "greedy": (0.0, Chain(4)),
+    "temperature 1": (1.0, Chain(4)),
+    "temperature 1, by rejection": (1.0, Chain(4, verification="rejection")),
+}
 
 
 @dataclass(frozen=True)
@@ -133,16 +139,23 @@ def bench_batches(kind, benchmark, environment, target, draft, heldout_ids):
     }
 
 
-def bench_heldout_acceptance(benchmark, environment, target, draft, heldout_ids):
-    """Acceptance at k = 4 over all drafts of all held-out prompts, 128 tokens each."""
+@pytest.mark.parametrize("kind", ACCEPTANCES)
+def bench_heldout_acceptance(kind, benchmark, environment, target, draft, heldout_ids):
+    """Acceptance at k = 4 over all drafts of all held-out prompts, 128 tokens each, seed i."""
+    temperature, policy = ACCEPTANCES[kind]
 
-    def decode():
-        return [generate(target, ids, NEW_TOKENS, draft).stats for ids in heldout_ids]
+    def decode() -> list[Stats]:
+        params = [SamplingParams(temperature=temperature, seed=i) for i in range(len(heldout_ids))]
+        return [
+            generate(target, ids, NEW_TOKENS, draft, policy=policy, sampling=own).stats
+            for ids, own in zip(heldout_ids, params, strict=True)
+        ]
 
     runs = benchmark.pedantic(decode, rounds=1)
     drafts = sum(run.num_drafts for run in runs)
     accepted = [sum(run.accepted_at[i] for run in runs) / drafts for i in range(4)]
     benchmark.extra_info |= environment | {
+        "kind": kind,
         "acceptance_per_position": accepted,
         "acceptance_length": 1 + sum(accepted),
     }

@@ -136,12 +136,16 @@ def generate_markdown(results: Sequence[dict[str, Any]]) -> str:
             parts += [f"{where([info for _, _, info in speeds])}, medians:\n"]
             body = [_generate_cells(name, info, base) for name, _, info in speeds]
             parts += [markdown(("", "tokens/s", against, "acceptance length"), body)]
-        for _, _, info in generate_entries(saved):
-            if per_position := info.get("acceptance_per_position"):
-                positions = map(str, range(1, len(per_position) + 1))
-                values = [f"{value:.2f}" for value in (*per_position, info["acceptance_length"])]
-                columns = ("held-out prompts, position", *positions, "length")
-                parts += ["", markdown(columns, [("accepted", *values)])]
+        accepted = [
+            (info["kind"], *info["acceptance_per_position"], info["acceptance_length"])
+            for _, _, info in generate_entries(saved)
+            if "acceptance_per_position" in info
+        ]
+        if accepted:
+            positions = map(str, range(1, len(accepted[0]) - 1))
+            columns = ("accepted of held-out prompts, position", *positions, "length")
+            body = [(name, *(f"{value:.2f}" for value in values)) for name, *values in accepted]
+            parts += ["", markdown(columns, body)]
         batches = [info for _, _, info in generate_entries(saved) if "batch_ratio" in info]
         for info in batches:
             parts += [

@@ -69,7 +69,7 @@ def draft_vocab_ref(
     else:
         sorted_TU, order_TU = logits_TU.sort(dim=-1, descending=True, stable=True)
         kept_TA, ids_TA = sorted_TU[:, :k], order_TU[:, :k]
-    logprobs_TA = logits_TU.log_softmax(dim=-1).gather(1, ids_TA)  # one call where logsumexp is ten
+    logprobs_TA = logits_TU.log_softmax(dim=-1).gather(1, ids_TA)  # logsumexp is many calls
     logsumexp_T = (kept_TA - logprobs_TA)[:, 0]
     if d2t_U is not None:
         ids_TA = ids_TA + d2t_U.take(ids_TA)

@@ -54,7 +54,7 @@ def normalise_ref(x_TD: Tensor, eps: float) -> Tensor:
     """
     wide = widened(x_TD)
     own = _norm_constants(wide.shape[-1], eps, wide.dtype, wide.device)
-    length_T1 = torch.linalg.vector_norm(wide, 2, -1, True).hypot_(own.root_of_eps)
+    length_T1 = torch.hypot(torch.linalg.vector_norm(wide, 2, -1, True), own.root_of_eps)
     normed_TD = torch.addcdiv(own.zero, wide, length_T1, value=own.root_of_width)
     return rounded(normed_TD, x_TD.dtype)
 

@@ -77,7 +77,7 @@ def _scale(frequency_J: Tensor, scaling: Llama3Scaling) -> Tensor:
 def rotation_ref(positions_T: Tensor, inv_freq_J: Tensor) -> Rotation:
     """The formula above in PyTorch."""
     angle_TJ = positions_T[:, None].float() * inv_freq_J
-    return Rotation(angle_TJ.cos(), angle_TJ.sin_())
+    return Rotation(angle_TJ.cos(), angle_TJ.sin())
 
 
 @triton.jit(do_not_specialize=["T"])

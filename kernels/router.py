@@ -31,14 +31,14 @@ class Routing:
 
 def router_ref(logits_TE: Tensor, experts_per_token: int) -> Routing:
     """The formula above in PyTorch: `argmax` takes the first maximum, the sort is stable, and
-    `sigmoid_` computes in float32."""
+    `sigmoid` computes in float32."""
     if experts_per_token == 1:  # not `max`, which wakes the thread pool for two rows already
         ids_TA = logits_TE.argmax(dim=1, keepdim=True)
     else:
         order_TE = torch.sort(logits_TE, dim=1, descending=True, stable=True).indices
         ids_TA = order_TE[:, :experts_per_token]
     top_TA = logits_TE.gather(1, ids_TA)
-    return Routing(ids_TA.int(), top_TA.sigmoid_())
+    return Routing(ids_TA.int(), torch.sigmoid(top_TA))
 
 
 @triton.jit

@@ -78,7 +78,8 @@ def _seen_by_sequence(
     if chunk_size is not None and first + chunk_size >= prefix + new:
         chunk_size = None  # all of them stand in one chunk, which the slots begin with
     if rows.ancestors_T is None and chunk_size is None:
-        bias_NS = F.pad(_causal_bias(new, rows.positions_T.device), (prefix - first, 0))
+        causal_bias = _short_causal_bias if new <= MAX_TREE_ROWS else _causal_bias
+        bias_NS = F.pad(causal_bias(new, rows.positions_T.device), (prefix - first, 0))
     else:
         visible_NS = _visible(rows, own, prefix - first, first, chunk_size)
         bias_NS = torch.zeros_like(visible_NS, dtype=torch.float32)
@@ -92,10 +93,12 @@ def _seen_by_sequence(
     ]
 
 
-@lru_cache(maxsize=16)  # of a few chain lengths; a prompt's may take megabytes
 @torch.inference_mode(False)
 def _causal_bias(rows: int, device: torch.device) -> Tensor:
     return torch.full((rows, rows), -torch.inf, device=device).triu_(1)
+
+
+_short_causal_bias = lru_cache(maxsize=MAX_TREE_ROWS)(_causal_bias)  # a prompt's is megabytes
 
 
 @lru_cache(maxsize=64)

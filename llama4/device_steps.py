@@ -89,8 +89,6 @@ def commit_paths(cache: PagedKVCache, lengths_B: Tensor, path_BP: Tensor) -> Non
 
 def per_row(values_N: Tensor, sequences: int) -> Tensor:
     """[N], shared by all sequences, or [B, N], as contiguous [B * N]."""
-    if values_N.ndim == 1 and sequences == 1:
-        return values_N
     if values_N.ndim == 1:
         values_N = values_N.expand(sequences, -1)
     return values_N.contiguous().view(-1)

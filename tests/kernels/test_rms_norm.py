@@ -40,6 +40,14 @@ SHAPES = [(1, 1), (3, 63), (2, 64), (2, 65), (5, 100), (2, 1000), (7, 128), (0, 
 REAL = on_gpu((1, 5120), (64, 5120), (4096, 5120), (3, 16384))
 
 
+def test_reference_can_be_trained_through():
+    """What it does in place must not be what a gradient needs."""
+    inputs = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 8), (8,))
+    ]
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm_ref(x, weight, EPS), inputs)
+
+
 def _check(x, weight):
     actual = run_guarded(rms_norm, x, weight, EPS)
     truth = exact(rms_norm_ref, x, weight, EPS)

@@ -29,6 +29,12 @@ SHAPES = [(1, 1), (3, 63), (2, 1023), (2, 1024), (2, 1025), (2, 1500), (5, 128),
 REAL = on_gpu((1, 8192), (64, 8192), (64, 16384), (4096, 8192))
 
 
+def test_reference_can_be_trained_through():
+    """What it does in place must not be what a gradient needs."""
+    inputs = [torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(swiglu_ref, inputs)
+
+
 def _check(gate, up):
     actual = run_guarded(swiglu, gate, up)
     assert_as_accurate(actual, exact(swiglu_ref, gate, up), swiglu_ref(gate, up))
