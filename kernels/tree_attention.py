@@ -110,7 +110,7 @@ def _attend_ref(
 def _gathered(
     cache_RCGK: Tensor, scale: Tensor | None, slots_S: Tensor | slice, dtype: torch.dtype
 ) -> Tensor:
-    every_SGK = cache_RCGK.flatten(0, 1)
+    every_SGK = cache_RCGK.view(-1, *cache_RCGK.shape[2:])
     if scale is None:
         return rounded(every_SGK[slots_S], dtype)
     # PyTorch gathers no FP8 on every device, but bytes

@@ -79,7 +79,8 @@ class Attention(PackedModule):
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
         )
-        return self.o_proj(attended_THK.flatten(-2), step.quantises_rows)
+        attended_TD = attended_THK.view(len(attended_THK), spec.num_heads * spec.head_dim)
+        return self.o_proj(attended_TD, step.quantises_rows)
 
     def _at(self, rows: TreeRows) -> Temperature | None:
         """The step's temperature, one for all layers that have the same."""
