@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from aerie.kernels.rms_norm import NormedResidual
-from aerie.llama4.cache import PagedKVCache, Step
-from aerie.llama4.model import DecoderLayer
+from aerie.llama4.cache import PagedKVCache
+from aerie.llama4.decoder import DecoderLayer
 from aerie.llama4.moe import MoE
+from aerie.llama4.step import Step
 from bench.environment import describe
 from bench.graphs import captured, elapsed_us
 from bench.random_model import SCOUT, SMALL, Pair, random_pair

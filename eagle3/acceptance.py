@@ -71,14 +71,14 @@ def transcribe(
     """Lets the target continue the prompt and records the inputs of `layers`."""
     ids = [*prompt_ids, *generate(target, prompt_ids, num_tokens, eos_token_ids=()).tokens]
     chosen = tuple(sorted(layers))
-    target.set_aux_hidden_state_layers(chosen)
     cache, device = target.allocate_cache(len(ids)), target.lm_head.weight.device
     known_T = torch.tensor(ids[:-1], device=device)
     parts: list[tuple[Tensor, ...]] = []
     with torch.inference_mode():
         for part_T in known_T.split(PREFILL_ROWS):
             last_row = torch.tensor([len(part_T) - 1], device=device)
-            output = target(part_T, cache.causal_step(len(part_T)), last_row)
+            step = cache.causal_step(len(part_T))
+            output = target(part_T, step, last_row, aux_layers=chosen)
             cache.commit(0, range(len(part_T)))
             parts.append(output.aux_hidden_states)
     streams = [torch.cat(rows) for rows in zip(*parts, strict=True)]

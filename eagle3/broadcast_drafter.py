@@ -14,8 +14,9 @@ from aerie.eagle3.batch import Committed
 from aerie.eagle3.drafter import Drafter, PromptRows
 from aerie.eagle3.policies import Form, Policy
 from aerie.eagle3.tree import DraftTree, chain
-from aerie.llama4.cache import DeviceTree, PagedKVCache
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.communicator import Communicator
+from aerie.llama4.step import DeviceTree
 
 
 class LeadingDrafter:

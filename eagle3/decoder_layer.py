@@ -9,12 +9,12 @@ from aerie.kernels.qkv_projection import qkv_projection, qkv_projection_ref
 from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import Rotation
 from aerie.llama4.attention import Attention
-from aerie.llama4.cache import Step
 from aerie.llama4.communicator import Communicator, shard_of
+from aerie.llama4.decoder import LayerOutput
 from aerie.llama4.mlp import MLP
-from aerie.llama4.model import LayerOutput
 from aerie.llama4.sharded_modules import residual_norm
 from aerie.llama4.sharding import local_attention
+from aerie.llama4.step import Step
 
 
 class Eagle3DecoderLayer(Module):

@@ -50,7 +50,7 @@ from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
 from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
-from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
 from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.hub import resolve_folder
@@ -60,6 +60,7 @@ from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.packing import lay_out_for_eager
 from aerie.llama4.sharded_modules import residual_norm, token_embedding
+from aerie.llama4.step import Step
 
 OWN_HEAD = OwnParts(embedding=False, head=True)
 

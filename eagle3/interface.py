@@ -1,12 +1,14 @@
 """What EAGLE-3 asks of a target model: taps, and a pass over the rows of a step."""
 
+from collections.abc import Collection
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM, Llama4Output
+from aerie.llama4.step import Step
 
 
 class Target(Protocol):
@@ -49,4 +51,5 @@ class SupportsEagle3(Protocol):
         step: Step,
         logit_rows: Tensor | None = None,
         inputs_embeds_TD: Tensor | None = None,
+        aux_layers: Collection[int] | None = None,
     ) -> Llama4Output: ...

@@ -26,9 +26,9 @@ from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.draw import draw, draw_ref
 from aerie.kernels.row_filter import RowFilter, row_filter, row_filter_ref
 from aerie.kernels.target_probs import target_probs, target_probs_ref
-from aerie.llama4.cache import DeviceTree
 from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.kv_pool import rows_of
+from aerie.llama4.step import DeviceTree
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from aerie.eagle3.rejection import Drawn
-from aerie.llama4.cache import DeviceTree, Tree
 from aerie.llama4.device_steps import chain_shape, device_shape
+from aerie.llama4.step import DeviceTree, Tree
 
 # Asked behind every level but the last, with the log-probabilities of the paths to its nodes
 # [B, K]: is another level worth drafting? An answer reads the device, so a drafter may have none

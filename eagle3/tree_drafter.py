@@ -21,8 +21,8 @@ from aerie.eagle3.batch import Committed
 from aerie.eagle3.draft import DraftOutput
 from aerie.eagle3.drafter import CachedDrafter
 from aerie.eagle3.tree import DraftTree, best_nodes, fixed_tree
-from aerie.llama4.cache import DeviceTree
 from aerie.llama4.device_steps import counting, device_step
+from aerie.llama4.step import DeviceTree
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from aerie.eagle3.sampler import ChoiceRows, Sampler
 from aerie.eagle3.tree import DraftTree
 from aerie.kernels.accept import Acceptance, accept, accept_ref
 from aerie.kernels.backend import ResolvedBackend, pick
-from aerie.llama4.cache import PagedKVCache, Step
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.device_steps import (
     chain_shape,
     commit_paths,
@@ -25,6 +25,7 @@ from aerie.llama4.device_steps import (
 )
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_pool import rows_of
+from aerie.llama4.step import Step
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Verifier:
         backend: ResolvedBackend,
         tap_layers: tuple[int, ...] = (),
     ) -> None:
-        """`tap_layers` are set before every pass: other drafts may share the target."""
+        """`tap_layers` go with every pass: other drafts may share the target."""
         self.target, self.cache, self.batch, self.sampler = target, cache, batch, sampler
         self.tap_layers = tap_layers
         self._accept = pick(backend, accept, accept_ref)
@@ -64,8 +65,8 @@ class Verifier:
             embeds_TD = images.over(self.target.get_input_embeddings(ids_T), start)
         lengths_B = self.batch.lengths_B[row : row + 1]
         step = device_step(self.cache, lengths_B, chain_shape(len(ids_T), device), row)
-        self.target.set_aux_hidden_state_layers(self.tap_layers)
-        output = self.target(ids_T, step, counting(len(ids_T), device)[last_row:], embeds_TD)
+        last_1 = counting(len(ids_T), device)[last_row:]
+        output = self.target(ids_T, step, last_1, embeds_TD, self.tap_layers)
         if not is_last:
             return Verified(ids_T[None], ids_T[:0], output.aux_hidden_states, step)
         root_BN, shape = ids_T[None, last_row:], chain_shape(1, device)
@@ -81,8 +82,7 @@ class Verifier:
         roots_B1 = rows_of(batch.roots_B, 0, sequences)[:, None]
         tokens_BN = torch.cat((roots_B1, draft.tokens_BN), dim=1)
         step = device_step(self.cache, lengths_B, draft.shape)
-        self.target.set_aux_hidden_state_layers(self.tap_layers)
-        output = self.target(tokens_BN.view(-1), step)
+        output = self.target(tokens_BN.view(-1), step, aux_layers=self.tap_layers)
         rows = ChoiceRows(0, lengths_B, tokens_BN, draft.shape, step.rows.positions_T)
         chosen_T = self.sampler.choose(output.logits_TV, rows, draft.drawn, draft.depth)
         return Verified(tokens_BN, chosen_T, output.aux_hidden_states, step)

@@ -22,9 +22,9 @@ from aerie.kernels.tree_attention import (
     tree_attention_ref,
 )
 from aerie.llama4.attention_config import AttentionSpec
-from aerie.llama4.cache import Step
 from aerie.llama4.kv_scales import KVScales
 from aerie.llama4.packing import PackedModule, Packing
+from aerie.llama4.step import Step
 
 
 class Attention(PackedModule):
@@ -79,7 +79,7 @@ class Attention(PackedModule):
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
         )
-        attended_TD = attended_THK.view(len(attended_THK), spec.num_heads * spec.head_dim)
+        attended_TD = attended_THK.reshape(len(attended_THK), spec.num_heads * spec.head_dim)
         return self.o_proj(attended_TD, step.quantises_rows)
 
     def _at(self, rows: TreeRows) -> Temperature | None:

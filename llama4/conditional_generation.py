@@ -5,7 +5,7 @@ Everything EAGLE-3 asks of a target (`SupportsEagle3`) is the language model's, 
 read; after that its features are rows like any other (`image_features`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aerie.kernels.backend import Backend
-from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
+from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache
 from aerie.llama4.checkpoint import Progress
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.image_features import ImageFeatures, merge_multimodal_embeddings
@@ -22,6 +22,7 @@ from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM, Llama4Output
 from aerie.llama4.multimodal_config import MultimodalConfig
 from aerie.llama4.quantization import Quantize
+from aerie.llama4.step import Step
 from aerie.llama4.vision import VisionTower
 
 
@@ -167,9 +168,10 @@ class Llama4ForConditionalGeneration(nn.Module):
         step: Step,
         logit_rows: Tensor | None = None,
         inputs_embeds_TD: Tensor | None = None,
+        aux_layers: Collection[int] | None = None,
     ) -> Llama4Output:
         """As `Llama4ForCausalLM.forward`."""
-        return self.language_model(input_ids_T, step, logit_rows, inputs_embeds_TD)
+        return self.language_model(input_ids_T, step, logit_rows, inputs_embeds_TD, aux_layers)
 
     def allocate_cache(
         self,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aerie.kernels.tree_rows import TreeRows
-from aerie.llama4.cache import DeviceTree, PagedKVCache, Placement, Step, Tree
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.kv_pool import rows_of
+from aerie.llama4.step import DeviceTree, Placement, Step, Tree
 
 
 def device_step(

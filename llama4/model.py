@@ -1,16 +1,15 @@
-"""The Llama 4 text model over `aerie.kernels`; parameter names are those of HF checkpoints.
+"""The Llama 4 text model: the decoder stack, its head, and how it is loaded.
 
-The residual stream is kept as (delta, residual) so that every residual add fuses with the norm
-behind it. `residual` after a layer's first norm is that layer's un-normed input: EAGLE-3's tap.
+Parameter names are those of Hugging Face's checkpoints.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -18,19 +17,15 @@ from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.embedding import embedding, embedding_ref
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
-from aerie.kernels.rms_norm import NormedResidual
-from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
-from aerie.llama4.attention import Attention
-from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache, Step
+from aerie.llama4.cache import MAX_STEP_ROWS, PagedKVCache
 from aerie.llama4.checkpoint import LoadOptions, Progress, Renaming, load_weights
 from aerie.llama4.communicator import Communicator, agreed, communicator_of, shard_of
 from aerie.llama4.config import Llama4Config
+from aerie.llama4.decoder import Llama4Model
 from aerie.llama4.fp8_layout import hold_fp8, take_kv_scales
 from aerie.llama4.hub import resolve_folder
 from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
-from aerie.llama4.mlp import MLP
-from aerie.llama4.moe import MoE
 from aerie.llama4.packing import lay_out_for_eager
 from aerie.llama4.quantization import (
     Quantization,
@@ -38,17 +33,9 @@ from aerie.llama4.quantization import (
     quantized_on_load,
     read_quantization,
 )
-from aerie.llama4.sharded_modules import residual_norm, token_embedding
 from aerie.llama4.sharding import check_shard, local_attention
+from aerie.llama4.step import Step
 from aerie.llama4.stored_shards import rank_reader
-
-
-@dataclass(frozen=True)
-class LayerOutput:
-    """`delta_TD` has not been added to the un-normed stream `residual_TD` (None: empty) yet."""
-
-    delta_TD: Tensor
-    residual_TD: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -60,65 +47,6 @@ class Llama4Output:
 
     logits_TV: Tensor
     aux_hidden_states: tuple[Tensor, ...]
-
-
-class DecoderLayer(Module):
-    """Attention, then a dense or mixture-of-experts feed-forward, each behind an RMSNorm."""
-
-    def __init__(
-        self,
-        config: Llama4Config,
-        layer: int,
-        backend: ResolvedBackend,
-        communicator: Communicator | None,
-    ) -> None:
-        super().__init__()
-        shard = shard_of(communicator)
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = residual_norm(width, eps, backend, communicator)
-        attention = local_attention(config.attention(layer), shard)
-        self.self_attn = Attention(attention, layer, backend)
-        self.post_attention_layernorm = residual_norm(width, eps, backend, communicator)
-        if layer in config.moe_layers:
-            self.feed_forward = MoE(config, backend, shard)
-        else:
-            self.feed_forward = MLP(width, shard.width(config.intermediate_size_mlp), backend)
-
-    def forward(self, entry: NormedResidual, rotation: Rotation, step: Step) -> LayerOutput:
-        attended_TD = self.self_attn(entry.normed_TD, rotation, step)
-        norm, block = self.post_attention_layernorm, self.feed_forward
-        if isinstance(block, MoE):
-            middle = block.enter(attended_TD, entry.residual_TD, norm)
-            return LayerOutput(block(middle, step.quantises_rows), middle.residual_TD)
-        middle = norm.add(attended_TD, entry.residual_TD)
-        return LayerOutput(block(middle.normed_TD, step.quantises_rows), middle.residual_TD)
-
-
-class Llama4Model(Module):
-    """Embedding, decoder layers, final norm."""
-
-    inv_freq: Tensor
-
-    def __init__(
-        self, config: Llama4Config, backend: ResolvedBackend, communicator: Communicator | None
-    ) -> None:
-        super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.embed_tokens = token_embedding(config.vocab_size, width, backend, communicator)
-        layers = range(config.num_hidden_layers)
-        blocks = (DecoderLayer(config, layer, backend, communicator) for layer in layers)
-        self.layers = cast("list[DecoderLayer]", nn.ModuleList(blocks))
-        self.norm = residual_norm(width, eps, backend, communicator)
-        with torch.device("cpu"):  # computed, not loaded: must exist even while building on meta
-            inv_freq_J = inverse_frequencies(
-                config.head_dim, config.rope.theta, config.rope.scaling
-            )
-        self.register_buffer("inv_freq", inv_freq_J, persistent=False)
-        self._rotation = pick(backend, rotation, rotation_ref)
-
-    def rotation(self, positions_T: Tensor) -> Rotation:
-        """Cosines and sines of the rows' positions, shared by all layers of a step."""
-        return self._rotation(positions_T, self.inv_freq)
 
 
 RENAME = Renaming(
@@ -262,31 +190,23 @@ class Llama4ForCausalLM(Module):
         step: Step,
         logit_rows: Tensor | None = None,
         inputs_embeds_TD: Tensor | None = None,
+        aux_layers: Collection[int] | None = None,
     ) -> Llama4Output:
         """One pass over the T rows of `step` (see `PagedKVCache.causal_step` and `tree_step`).
 
         `logit_rows` (int64) picks the rows whose logits [.., V] are wanted; all if None. The taps
-        set by `set_aux_hidden_state_layers` are returned for all rows. `inputs_embeds_TD`, where
-        images are among the rows, stands in place of the ids' embeddings.
+        at `aux_layers`, or if None at those of `set_aux_hidden_state_layers`, are returned for all
+        rows. `inputs_embeds_TD`, where images are among the rows, stands in place of the ids'
+        embeddings.
         """
-        aux: dict[int, Tensor] = {}
-        model = self.model
-        turns = model.rotation(step.rows.positions_T)
         embeds_TD = inputs_embeds_TD
         if embeds_TD is None:
-            embeds_TD = model.embed_tokens(input_ids_T)
-        stream = LayerOutput(embeds_TD, None)
-        for index, layer in enumerate(model.layers):
-            entry = layer.input_layernorm.add(stream.delta_TD, stream.residual_TD)
-            if index in self._aux_layers:
-                aux[index] = entry.residual_TD
-            stream = layer(entry, turns, step)
-        last = model.norm.add(stream.delta_TD, stream.residual_TD)
-        aux[len(model.layers)] = last.residual_TD
-        hidden_TD = last.normed_TD
+            embeds_TD = self.model.embed_tokens(input_ids_T)
+        stack = self.model(embeds_TD, step, self._aux_layers if aux_layers is None else aux_layers)
+        hidden_TD = stack.hidden_TD
         if logit_rows is not None:
             hidden_TD = self._pick_rows(logit_rows, hidden_TD)
-        return Llama4Output(self.lm_head(hidden_TD), tuple(aux[i] for i in self._aux_layers))
+        return Llama4Output(self.lm_head(hidden_TD), stack.aux_hidden_states)
 
     def allocate_cache(
         self,
@@ -330,7 +250,7 @@ class Llama4ForCausalLM(Module):
             raise ValueError(
                 f"layers: must be distinct and within 0..{depth} (inputs of layers), got {layers}"
             )
-        self._aux_layers = tuple(sorted(layers))
+        self._aux_layers = tuple(layers)
 
     def get_eagle3_default_aux_hidden_state_layers(self) -> tuple[int, int, int]:
         """(2, N // 2, N - 3): early, middle and late, as EAGLE-3's public heads were trained."""

@@ -21,8 +21,8 @@ from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.tree import DraftTree, fixed_tree
 from aerie.eagle3.width import RoundCosts
-from aerie.llama4.cache import Tree
 from aerie.llama4.device_steps import chain_shape, device_step
+from aerie.llama4.step import Tree
 from tests.test_lossless import (
     CHUNK,
     CONTEXT,

@@ -1,8 +1,11 @@
 """Which targets and drafts a decoding takes, and how often it runs.
 
-What it yields is in tests/test_lossless.py. One target can have several drafts, and the taps
-belong to the target: a draft that reads another draft's taps raises nothing and is accepted less.
+What it yields is in tests/test_lossless.py. One target can have several drafts, also at a time, and
+every pass of it is told what to tap: a draft that reads another draft's taps raises nothing and is
+accepted less.
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch import nn
@@ -79,6 +82,16 @@ def test_draft_keeps_its_taps_when_another_is_loaded(target, make_draft):
     of_other = acceptance(target, other)
     assert acceptance(target, draft) == before
     assert acceptance(target, other) == of_other
+
+
+def test_threads_share_a_target(target, make_draft):
+    """A thread whose draft taps elsewhere changes nothing for this one."""
+    drafts = [make_draft(target), make_draft(target, **OTHER_TAPS)]
+    alone = [acceptance(target, draft) for draft in drafts]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(len(drafts)) as pool:
+        together = pool.map(lambda draft: [acceptance(target, draft) for _ in range(3)], drafts)
+    assert [set(map(str, runs)) for runs in together] == [{str(one)} for one in alone]
 
 
 def test_taps_of_another_draft_would_show(target, make_draft):

@@ -16,8 +16,8 @@ from aerie.eagle3.choice_form import ChoiceForm, RuleForm, common_form
 from aerie.eagle3.logits_rules import RuleColumns
 from aerie.eagle3.prefixes import Prefixes
 from aerie.eagle3.sampling import SamplingParams
-from aerie.llama4.cache import Tree
 from aerie.llama4.device_steps import chain_shape, device_shape
+from aerie.llama4.step import Tree
 
 CPU, VOCAB, KNOWN = torch.device("cpu"), 23, 9
 PARAMS = [

@@ -20,7 +20,7 @@ from aerie.eagle3.cost_measurement import measured_costs
 from aerie.eagle3.speculation import SpeculativeConfig
 from aerie.eagle3.tree import DraftTree, best_part, chain, fixed_tree
 from aerie.eagle3.width import Experience, RoundCosts, worth_deepening, worth_verifying
-from aerie.llama4.cache import Tree
+from aerie.llama4.step import Tree
 from tests.test_lossless import random_draft, random_target
 
 LINEAR = RoundCosts({rows: 1.0 + rows for rows in range(1, 65)}, 0.5)

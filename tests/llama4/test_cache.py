@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from aerie.kernels.kv_append import kv_append_ref
-from aerie.llama4.cache import PagedKVCache, Tree
+from aerie.llama4.cache import PagedKVCache
+from aerie.llama4.step import Tree
 
 LAYERS, HEADS, DIM = 2, 3, 4
 TREE = Tree((-1, 0, 0, 1, 1, 2, 3, 6))

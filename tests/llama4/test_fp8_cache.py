@@ -11,8 +11,9 @@ import torch
 
 from aerie.eagle3.generate import generate
 from aerie.kernels.attention_prologue import attention_prologue_ref
-from aerie.llama4.cache import PagedKVCache, Tree
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.kv_scales import KVScales
+from aerie.llama4.step import Tree
 
 FP8 = torch.float8_e4m3fn
 TREE = Tree((-1, 0, 0, 1, 1, 2, 3, 6))

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from aerie.kernels.kv_append import kv_append_ref
-from aerie.llama4.cache import PagedKVCache, Tree
+from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.model import Llama4ForCausalLM
+from aerie.llama4.step import Tree
 from tests.evidence import same_bits
 
 VOCAB, CHUNK, ROWS, LENGTH = 32, 16, 12, 200

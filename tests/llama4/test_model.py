@@ -9,7 +9,7 @@ multi-token steps on the cache.
 import pytest
 import torch
 
-from aerie.llama4.cache import Tree
+from aerie.llama4.step import Tree
 
 # logits are O(10); both sides sum in float32 in different orders over a few hundred terms per layer
 TOLERANCE = 1e-5
@@ -130,6 +130,22 @@ def test_taps_are_the_inputs_of_layers(make_pair, assert_close):
     hidden = pair.theirs(ids[None], output_hidden_states=True).hidden_states
     for tap, layer in zip(taps, (0, 2, 3), strict=True):
         assert_close(tap, hidden[layer][0], TOLERANCE)
+
+
+def test_a_pass_can_name_its_own_taps(make_pair):
+    """They come in ascending order, and the next pass without any taps where it did before."""
+    model, ids = make_pair(17).ours, torch.randint(0, 96, (12,))
+
+    def taps(aux_layers=None):
+        step = model.allocate_cache(12).causal_step(12)
+        return model(ids, step, aux_layers=aux_layers).aux_hidden_states
+
+    model.set_aux_hidden_state_layers((0, 1, 2, 3, 4))
+    every = taps()
+    for layers in ((3, 0, 4), (), (1,)):
+        for tap, layer in zip(taps(layers), sorted(layers), strict=True):
+            assert torch.equal(tap, every[layer])
+    assert len(taps()) == 5
 
 
 def test_last_tap_is_not_normed(make_pair, assert_close):
