@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from aerie.eagle3.batch import Committed
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import ChainDrafter
-from aerie.eagle3.generate import Decoding
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.tree import DraftTree, chain
 from aerie.embedded import DRAFT, HELDOUT_PROMPTS, TARGET

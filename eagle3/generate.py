@@ -6,14 +6,13 @@ compared with differs from it in nothing else.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import SupportsIndex, overload
 
 import torch
 
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.drafter import Drafter, PromptRows
-from aerie.eagle3.ends import Detokenize, FinishReason
+from aerie.eagle3.drafter import PromptRows
+from aerie.eagle3.ends import Detokenize
 from aerie.eagle3.engine import Engine, Report
 from aerie.eagle3.graphs import GraphedRounds
 from aerie.eagle3.interface import Target
@@ -21,9 +20,8 @@ from aerie.eagle3.parallel_draft import RemoteDraft
 from aerie.eagle3.policies import Chain, Policy
 from aerie.eagle3.rows import Pair, Rows
 from aerie.eagle3.sampling import SamplingParams
-from aerie.eagle3.sequences import Decoded, Request, check_draft_takes_images
-from aerie.eagle3.stats import Stats
-from aerie.eagle3.streams import SingleStream, Stream
+from aerie.eagle3.sequences import Request, check_draft_takes_images
+from aerie.eagle3.streams import Generation, Stream
 from aerie.eagle3.verify import Verifier
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_scales import KVCacheDtype
@@ -77,26 +75,6 @@ class Speculation:
         return Report(torch.stack((one, verified.target_ids_T), dim=1))
 
 
-@dataclass(frozen=True)
-class Generation:
-    """`tokens` after the prompt, the end token included; why it stopped; what it took.
-
-    A sampled run is repeated by its `seed`. `error` belongs to the reason "error".
-    """
-
-    tokens: list[int]
-    finish_reason: FinishReason
-    stats: Stats
-    seed: int | None = None
-    error: str | None = None
-
-    @classmethod
-    def of(cls, decoded: Decoded) -> "Generation":
-        assert decoded.finish_reason is not None
-        seed = decoded.request.reported_seed
-        return cls(decoded.tokens, decoded.finish_reason, decoded.stats, seed, decoded.error)
-
-
 class Decodings(Stream):
     """Requests decoded together, at most `max_batch_size` at a time, the others as these end."""
 
@@ -131,45 +109,6 @@ class Decodings(Stream):
             passes = GraphedRounds(self.passes, requests, cuda_graph_bytes)
         engine = Engine(passes, self.rows, pair.lag)
         super().__init__(engine, [engine.add(request) for request in requests])
-
-
-class Decoding(SingleStream):
-    """One sequence being decoded. Iterating yields the accepted tokens in bursts."""
-
-    def __init__(
-        self,
-        target: Target,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int | None = None,
-        draft: Eagle3Llama4ForCausalLM | RemoteDraft | None = None,
-        num_speculative_tokens: int = 4,
-        eos_token_ids: Sequence[int] | None = None,
-        drafter: Drafter | None = None,
-        kv_cache_dtype: KVCacheDtype = "auto",
-        *,
-        policy: Policy | None = None,
-        sampling: SamplingParams | None = None,
-        detokenize: Detokenize | None = None,
-        images: ImageFeatures | None = None,
-        kv_cache_bytes: int | None = None,
-        cuda_graph_bytes: int = 0,
-    ) -> None:
-        """`eos_token_ids` None means the checkpoint's own; `drafter` replaces the draft's chain.
-
-        `policy` None is a chain of `num_speculative_tokens`. `kv_cache_dtype` is that of the
-        target's cache and of the draft's. `sampling` None is greedy. The token limit is
-        `max_new_tokens` or `sampling.max_tokens`. `images` stand at placeholders of the prompt.
-        Of memory see `Decodings`.
-        """
-        target = target.get_language_model()
-        request = Request.checked(
-            target, prompt_ids, max_new_tokens, eos_token_ids, sampling, detokenize, images
-        )
-        policy = Chain(num_speculative_tokens) if policy is None else policy
-        pair = Pair(target, draft, policy, drafter)
-        memory = kv_cache_bytes, cuda_graph_bytes
-        self.decodings = Decodings(pair, [request], 1, kv_cache_dtype, *memory)
-        super().__init__(self.decodings)
 
 
 @overload

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.ends import Detokenize
 from aerie.eagle3.engine import Engine
-from aerie.eagle3.generate import Generation, Speculation
+from aerie.eagle3.generate import Speculation
 from aerie.eagle3.interface import Target
 from aerie.eagle3.policies import Chain, Policy
 from aerie.eagle3.rows import Pair, Rows
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.sequences import Decoded, Request, check_draft_takes_images
-from aerie.eagle3.streams import SingleStream, Stream
+from aerie.eagle3.streams import Generation, SingleStream, Stream
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.kv_scales import KVCacheDtype
 

@@ -1,6 +1,7 @@
-"""Tokens as they come: what iterating over running requests yields."""
+"""Tokens as they come: what iterating over running requests yields, and what is left at the end."""
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -77,3 +78,23 @@ class SingleStream:
             bursts.close()
         if self.decoded.error is not None:
             raise FloatingPointError(self.decoded.error)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """`tokens` after the prompt, the end token included; why it stopped; what it took.
+
+    A sampled run is repeated by its `seed`. `error` belongs to the reason "error".
+    """
+
+    tokens: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+    seed: int | None = None
+    error: str | None = None
+
+    @classmethod
+    def of(cls, decoded: Decoded) -> "Generation":
+        assert decoded.finish_reason is not None
+        seed = decoded.request.reported_seed
+        return cls(decoded.tokens, decoded.finish_reason, decoded.stats, seed, decoded.error)

@@ -18,8 +18,9 @@ import torch
 from typer.testing import CliRunner
 
 from aerie.cli import app
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.generate import generate
 from aerie.eagle3.sampling import SamplingParams
 from aerie.embedded import DRAFT, TARGET
 from aerie.llama4.config import Llama4Config

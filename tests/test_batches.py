@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from aerie.eagle3.batch import Batch
-from aerie.eagle3.generate import Decoding, Decodings, generate
+from aerie.eagle3.decoding import Decoding
+from aerie.eagle3.generate import Decodings, generate
 from aerie.eagle3.policies import Chain, StaticTree
 from aerie.eagle3.registry import load_draft
 from aerie.eagle3.rows import Pair

@@ -110,10 +110,10 @@ def test_a_wrong_pass_would_not_be_explained(monkeypatch):
     target, draft = pair()
     honest = type(target).forward
 
-    def shifted(self, ids, step, *rest):
+    def shifted(self, ids, step, *rest, **named):
         if len(ids) == 5:
             step.rows.positions_T.add_(1)
-        return honest(self, ids, step, *rest)
+        return honest(self, ids, step, *rest, **named)
 
     monkeypatch.setattr(type(target), "forward", shifted)
     partings = [compare(target, draft, prompt, Chain(4)) for prompt in prompts()[2:3]]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from aerie import batch_run, report
 from aerie.cli import app
-from aerie.eagle3.generate import Decoding
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.graphs import GRAPH, PROCESSORS
 from aerie.eagle3.stats import Stats
 from aerie.embedded import DRAFT, TARGET

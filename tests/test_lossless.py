@@ -14,10 +14,12 @@ import torch
 
 from aerie.eagle3.batch import Committed
 from aerie.eagle3.config import Eagle3Config
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.generate import Decoding, Generation, generate
+from aerie.eagle3.generate import generate
 from aerie.eagle3.policies import Chain
 from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.streams import Generation
 from aerie.eagle3.tree import DraftTree, chain
 from aerie.kernels.linear import Linear
 from aerie.kernels.scaled_linear import STREAMED_ROWS

@@ -15,7 +15,8 @@ import torch
 
 from aerie.eagle3.batch import Committed
 from aerie.eagle3.cost_aware import CostAware
-from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.decoding import Decoding
+from aerie.eagle3.generate import generate
 from aerie.eagle3.policies import Chain, DynamicTree, Form, Policy, StaticTree
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.speculation import SpeculativeConfig

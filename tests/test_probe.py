@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from aerie.cli import app
 from aerie.eagle3.acceptance import FLOOR, Measured, measure, transcribe
-from aerie.eagle3.generate import Decoding
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.probe import Candidate, Trial, compare, diagnose, probe
 from aerie.eagle3.reading import AS_WRITTEN, Reading
 from aerie.eagle3.registry import load_draft

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor, TopKLogitsWarper
 
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.ends import Ends
-from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.generate import generate
 from aerie.eagle3.sampler import Sampler
 from aerie.eagle3.sampling import SamplingParams
 from tests.test_lossless import (

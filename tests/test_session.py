@@ -66,9 +66,9 @@ def test_a_turn_runs_what_is_new():
     session, seen = Session(target, CONTEXT, draft, policy=Chain(3)), []
     forward = type(target).forward
 
-    def recorded(self, ids, *others):
+    def recorded(self, ids, *others, **named):
         seen.append(len(ids))
-        return forward(self, ids, *others)
+        return forward(self, ids, *others, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(target), "forward", recorded)

@@ -26,10 +26,11 @@ from transformers import TopKLogitsWarper
 from aerie.eagle3.communication_plan import round_traffic
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
-from aerie.eagle3.generate import Generation, generate
+from aerie.eagle3.generate import generate
 from aerie.eagle3.parallel_draft import RemoteDraft, load_parallel_draft
 from aerie.eagle3.policies import Chain
 from aerie.eagle3.sampling import SamplingParams
+from aerie.eagle3.streams import Generation
 from aerie.embedded import DRAFT, TARGET
 from aerie.llama4.config import Llama4Config
 from aerie.llama4.model import Llama4ForCausalLM

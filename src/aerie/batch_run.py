@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from aerie.eagle3.generate import Decodings, Generation, generate
+from aerie.eagle3.generate import Decodings, generate
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sequences import Request as Asked
 from aerie.eagle3.stats import BatchRound
+from aerie.eagle3.streams import Generation
 from aerie.loading import Loaded
 from aerie.progress import decoding
 from aerie.request import Request

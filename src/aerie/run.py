@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.ends import FinishReason
-from aerie.eagle3.generate import Decoding, Generation, generate
+from aerie.eagle3.generate import generate
 from aerie.eagle3.sampling import SamplingParams
 from aerie.eagle3.sequences import Burst
 from aerie.eagle3.stats import Stats
+from aerie.eagle3.streams import Generation
 from aerie.llama4.expert_counts import counted_experts
 from aerie.llama4.image_features import ImageFeatures
 from aerie.llama4.model import Llama4ForCausalLM

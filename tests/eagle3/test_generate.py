@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch import nn
 
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.drafter import ChainDrafter
-from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.generate import generate
 from aerie.eagle3.interface import SupportsEagle3
 from aerie.llama4.json_fields import CheckpointError
 

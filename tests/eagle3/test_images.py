@@ -12,8 +12,9 @@ import torch
 
 from aerie.assets.tiny_multimodal.checkpoint import TOKENS, VISION, new_model, randomise, save
 from aerie.eagle3 import engine as loop
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.drafter import ChainDrafter
-from aerie.eagle3.generate import Decoding, generate
+from aerie.eagle3.generate import generate
 from aerie.eagle3.policies import Chain, DynamicTree, StaticTree
 from aerie.eagle3.reading import Reading
 from aerie.eagle3.registry import load_draft

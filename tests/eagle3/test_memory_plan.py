@@ -10,7 +10,7 @@ from aerie.eagle3 import rows
 from aerie.eagle3.checkpoint import OwnParts
 from aerie.eagle3.choice_form import EVERY_FILTER, NO_RULES, ChoiceForm, RuleForm
 from aerie.eagle3.config import Eagle3Config
-from aerie.eagle3.generate import Decoding
+from aerie.eagle3.decoding import Decoding
 from aerie.eagle3.memory_plan import GIB, MemoryPlanner, activations
 from aerie.eagle3.planned_pair import DraftPlan, Run
 from aerie.eagle3.policies import Chain, DynamicTree, Policy
