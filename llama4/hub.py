@@ -5,9 +5,11 @@ a checkpoint is read from is asked for: no pickles, no code, nothing in subfolde
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from aerie.llama4.json_fields import CheckpointError
 
@@ -39,12 +41,26 @@ def resolve_folder(
         raise CheckpointError(f"revision: {revision!r} is no commit, tag or branch of the hub")
     wanted = [*DESCRIPTION, *(WEIGHTS if with_weights else ())]
     try:
-        snapshot = snapshot_download(
-            str(path), revision=revision, allow_patterns=wanted, ignore_patterns=list(SUBFOLDERS)
-        )
+        return Path(_fetched(str(path), revision, wanted))
     except Exception as error:  # the hub client raises many unrelated types
         pin = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
             f"{path}: no such folder, and fetching it as a hub id{pin} failed ({error})"
         ) from error
-    return Path(snapshot)
+
+
+def _fetched(repo: str, revision: str | None, wanted: list[str]) -> str:
+    fetch = partial(
+        snapshot_download,
+        repo,
+        revision=revision,
+        allow_patterns=wanted,
+        ignore_patterns=list(SUBFOLDERS),
+    )
+    try:
+        return fetch()
+    except OfflineModeIsEnabled as offline:  # huggingface_hub 1.33 asks for a commit that it has
+        try:
+            return fetch(local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise offline from None

@@ -3,8 +3,10 @@
 Training models are written for speed, so each is compared with a plain way to the same numbers.
 """
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,15 @@ from aerie.assets.build.target import new_target, target_config
 from aerie.embedded import ASSETS
 
 UNTRAINED = [name for name in RESULTS if not name.endswith("model.safetensors")]
+
+
+def content(path: Path) -> bytes | dict:
+    """A model's configs but for the version of transformers that wrote them."""
+    if not path.name.endswith("config.json"):
+        return path.read_bytes()
+    values = json.loads(path.read_text())
+    values.pop("transformers_version", None)
+    return values
 
 
 @pytest.fixture
@@ -119,7 +130,7 @@ def test_dead_pair_is_not_installed_and_the_rebuild_can_go_on(small, monkeypatch
     monkeypatch.setattr(stages, "HELD_OUT_FLOOR", 1.0)
     small.finish()
     for name in UNTRAINED:
-        assert (small.out / name).read_bytes() == (ASSETS / name).read_bytes(), name
+        assert content(small.out / name) == content(ASSETS / name), name
     written = sorted(p.relative_to(small.out) for p in small.out.rglob("*") if p.is_file())
     assert [str(path) for path in written] == sorted(RESULTS)
 

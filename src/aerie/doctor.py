@@ -17,6 +17,7 @@ def diagnose() -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result: dict[str, Any] = {"aerie": __version__, "python": platform.python_version()}
     result |= {package: _version(package) for package in PACKAGES}
+    result["torch"] = torch.__version__  # its metadata may not tell the build, +cpu or +cu130
     result["devices"] = ", ".join(_devices())
     result["backend auto"] = f"{resolve('auto', device)} ({_reason(device)})"
     result["backend triton"] = _triton_state(device)
