@@ -253,8 +253,10 @@ class Eagle3Llama4ForCausalLM(Module):
         """One pass: each row takes its hidden state and the token of the *next* position.
 
         `inputs_embeds_TD`, where that token is an image's, stands in place of its embeddings.
-        `turns` are those of the step's positions, where a caller has them (`rotation`).
+        `turns` are those of the step's positions, where a caller has them (`rotation`). Raises
+        ValueError unless there is an id for every row of `step`.
         """
+        step.check_ids(input_ids_T)
         turns = turns or self.rotation(step.rows.positions_T)
         table_VD = self.embed_tokens.weight
         if inputs_embeds_TD is None and self.communicator is not None:

@@ -197,8 +197,9 @@ class Llama4ForCausalLM(Module):
         `logit_rows` (int64) picks the rows whose logits [.., V] are wanted; all if None. The taps
         at `aux_layers`, or if None at those of `set_aux_hidden_state_layers`, are returned for all
         rows. `inputs_embeds_TD`, where images are among the rows, stands in place of the ids'
-        embeddings.
+        embeddings. Raises ValueError unless there is an id for every row.
         """
+        step.check_ids(input_ids_T)
         embeds_TD = inputs_embeds_TD
         if embeds_TD is None:
             embeds_TD = self.model.embed_tokens(input_ids_T)
@@ -243,7 +244,8 @@ class Llama4ForCausalLM(Module):
     def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
         """Taps the un-normed residual stream at the *input* of each of `layers` (0 .. num layers).
 
-        Input to layer i is the output of layer i - 1, and `hidden_states[i]` in transformers.
+        Input to layer i is the output of layer i - 1, and `hidden_states[i]` in transformers, whose
+        last is normed, as this one never is.
         """
         depth = self.config.num_hidden_layers
         if len(set(layers)) != len(layers) or not all(0 <= i <= depth for i in layers):

@@ -86,3 +86,12 @@ class Step:
     def slots_T(self) -> Tensor:
         """Slots in the first pool."""
         return self.placements[0].slots_T
+
+    def check_ids(self, input_ids_T: Tensor) -> None:
+        """Raises ValueError unless there is one id for every row."""
+        wanted = self.rows.positions_T.shape
+        if input_ids_T.shape != wanted:
+            raise ValueError(
+                f"input_ids_T: must be [{wanted[0]}], an id for every row of the step, those of "
+                f"all sequences behind each other, got {list(input_ids_T.shape)}"
+            )

@@ -170,3 +170,11 @@ def test_rejects_taps_outside(make_pair):
     for layers in ((0, 5), (1, 1), (-1,)):
         with pytest.raises(ValueError, match="distinct and within 0..4"):
             model.set_aux_hidden_state_layers(layers)
+
+
+def test_rejects_ids_that_are_not_one_for_every_row(make_pair):
+    model = make_pair(31).ours
+    for shape in ([1, 3], [1], [4]):
+        step = model.allocate_cache(8).causal_step(3)
+        with pytest.raises(ValueError, match=r"input_ids_T: must be \[3\], an id for every row"):
+            model(torch.zeros(shape, dtype=torch.int64), step)
