@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,15 @@ class Eagle3Llama4ForCausalLM(Module):
         if self.communicator is not None:
             self._own_d2t = own_map(self.d2t, self.communicator.shard)
         object.__setattr__(self, "_target", weakref.ref(target))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is the draft's own: a copy, or what was pickled, is still to be bound."""
+        shared = {"_target"}
+        if not self.parts.embedding:
+            shared.add("embed_tokens")
+        if not self.parts.head:
+            shared.add("lm_head")
+        return {name: value for name, value in self.__dict__.items() if name not in shared}
 
     def is_bound_to(self, target: Target) -> bool:
         """Whether this is the target whose matrices and taps the draft was given."""

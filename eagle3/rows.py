@@ -40,7 +40,12 @@ class Pair:
 
     def __post_init__(self) -> None:
         if self.draft is not None and not self.draft.is_bound_to(self.target):
-            raise ValueError("draft: was loaded for another target; load it with this one")
+            raise ValueError(
+                "draft: was loaded for another target, or is a copy; load it with this one, or "
+                "call draft.bind(target)"
+            )
+        if isinstance(self.draft, Eagle3Llama4ForCausalLM):
+            _check_was_not_moved(self.draft, self.target)
         if self.policy.verification == "rejection" and self.target.communicator is not None:
             raise ValueError(
                 "verification: 'rejection' takes whole rows of probabilities, which a target that "
@@ -66,6 +71,16 @@ class Pair:
     @property
     def _drafts(self) -> bool:
         return self.draft is not None or self.drafter is not None
+
+
+def _check_was_not_moved(draft: Eagle3Llama4ForCausalLM, target: Llama4ForCausalLM) -> None:
+    """Raises ValueError where `.to` was asked of one of the two: their tensors meet."""
+    own, its = draft.fc.weight, target.model.norm.weight
+    if (own.dtype, own.device) != (its.dtype, its.device):
+        raise ValueError(
+            f"draft: is {own.dtype} on {own.device}, the target {its.dtype} on {its.device}; move "
+            f"both alike, then call draft.bind(target)"
+        )
 
 
 def lag_on(device: torch.device) -> int:

@@ -5,9 +5,12 @@ every pass of it is told what to tap: a draft that reads another draft's taps ra
 accepted less.
 """
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from torch import nn
 
 from aerie.eagle3.decoding import Decoding
@@ -73,6 +76,28 @@ def test_rejects_draft_of_another_target(target, make_target, make_draft):
         Decoding(target, PROMPT, COUNT, draft)
     with pytest.raises(ValueError, match="draft: was loaded for another target"):
         generate(target, PROMPT, COUNT, draft)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_a_draft_hold_what_is_its_own_and_can_be_bound(copied, target, make_draft):
+    draft = make_draft(target)
+    twin = copied(draft)
+    assert "embed_tokens" not in vars(twin)  # the target's would be as large as the draft
+    with pytest.raises(ValueError, match=r"or is a copy; .* call draft\.bind\(target\)"):
+        generate(target, PROMPT, COUNT, twin)
+    twin.bind(target)
+    assert acceptance(target, twin) == acceptance(target, draft)
+
+
+def test_rejects_a_pair_of_which_one_was_moved(make_target, make_draft):
+    target = make_target(**SMALL)
+    draft = make_draft(target)
+    target.to(torch.float64)
+    with pytest.raises(ValueError, match="is torch.float32 on cpu, the target torch.float64"):
+        generate(target, PROMPT, COUNT, draft)
+    draft.to(torch.float64)
+    draft.bind(target)
+    assert len(generate(target, PROMPT, COUNT, draft, eos_token_ids=()).tokens) == COUNT
 
 
 def test_draft_keeps_its_taps_when_another_is_loaded(target, make_draft):
