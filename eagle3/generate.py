@@ -6,7 +6,7 @@ compared with differs from it in nothing else.
 
 import time
 from collections.abc import Sequence
-from typing import SupportsIndex, overload
+from typing import overload
 
 import torch
 
@@ -178,7 +178,7 @@ def generate(
     distribution; in a list that prompt's `finish_reason` is "error", and the others go on.
     """
     target = target.get_language_model()
-    is_list = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], SupportsIndex)
+    is_list = len(prompt_ids) > 0 and _is_prompt(prompt_ids[0])
     prompts = list(prompt_ids) if is_list else [prompt_ids]
     samplings = _each("sampling", sampling, prompts, is_list and isinstance(sampling, Sequence))
     features = _each("images", images, prompts, is_list and images is not None)
@@ -197,6 +197,11 @@ def generate(
     if results[0].error is not None:
         raise FloatingPointError(results[0].error)
     return results[0]
+
+
+def _is_prompt(entry) -> bool:
+    """Whether it is one of several prompts, such as a row of an array, and not an id."""
+    return isinstance(entry, Sequence) or getattr(entry, "ndim", 0) > 0
 
 
 def _each(name: str, value, prompts: list, is_list: bool) -> list:

@@ -1,8 +1,9 @@
 """One request on its way: what was asked, how far it is, and why it ended."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import SupportsIndex
+from typing import Any
 
 import torch
 
@@ -165,11 +166,19 @@ def _check_prompt(
             f"prompt_ids: must hold 1..{context - 1} tokens (the context is {context}), "
             f"got {len(prompt_ids)}"
         )
-    outside = [t for t in prompt_ids if not (isinstance(t, SupportsIndex) and 0 <= t < vocab_size)]
+    outside = [token for token in prompt_ids if not _is_id(token, vocab_size)]
     if outside:
         raise ValueError(f"prompt_ids: must lie in 0..{vocab_size - 1}, got {outside[:5]}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+
+
+def _is_id(token: Any, vocab_size: int) -> bool:
+    """Rows of arrays have `__index__` too, and refuse when they are asked."""
+    try:
+        return 0 <= operator.index(token) < vocab_size
+    except TypeError:
+        return False
 
 
 def _check_images(

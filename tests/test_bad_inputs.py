@@ -357,8 +357,13 @@ def draft(target) -> Eagle3Llama4ForCausalLM:
 
 @pytest.mark.parametrize("prompt", [[[[1]]], [1.5], ["a"], [None], [1, [2]]], ids=str)
 def test_prompts_of_another_shape(prompt, target):
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match=r"prompt_ids: must lie in 0\.\."):
         generate(target, prompt, 4)
+
+
+def test_one_prompt_with_the_shape_of_a_batch(target):
+    with pytest.raises(ValueError, match=r"prompt_ids: must lie in 0\.\."):
+        Decoding(target, torch.tensor([[1, 2]]), 4)
 
 
 def test_an_exception_in_mid_run_leaves_the_model_usable(target, draft):

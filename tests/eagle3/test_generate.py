@@ -100,6 +100,14 @@ def test_rejects_a_pair_of_which_one_was_moved(make_target, make_draft):
     assert len(generate(target, PROMPT, COUNT, draft, eos_token_ids=()).tokens) == COUNT
 
 
+def test_prompts_as_rows_of_an_array(target):
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    for rows in (ids, ids.numpy()):
+        results = generate(target, rows, COUNT)
+        expected = generate(target, [PROMPT, PROMPT[::-1]], COUNT)
+        assert [result.tokens for result in results] == [result.tokens for result in expected]
+
+
 def test_draft_keeps_its_taps_when_another_is_loaded(target, make_draft):
     draft = make_draft(target)
     before = acceptance(target, draft)
