@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from aerie.kernels.backend import DTYPES
 from aerie.kernels.linear import Linear
 from aerie.kernels.stream_launch import FP8
 from aerie.llama4.accounting import differences, fits
@@ -66,6 +67,12 @@ class LoadOptions:
     check_finite: bool = True
     progress: Progress | None = None
     rank_reader: Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (*DTYPES, torch.float64):
+            raise ValueError(
+                f"dtype: must be torch.float32, float16, bfloat16 or float64, got {self.dtype!r}"
+            )
 
 
 @torch.inference_mode(False)  # what is read by threads, which have no such mode, serves in either

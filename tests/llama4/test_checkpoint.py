@@ -287,3 +287,9 @@ def test_rejects_experts_that_are_partly_fused(tmp_path):
 def test_rejects_more_experts_than_the_config_has(tmp_path):
     folder = write(tmp_path, one_by_one(random_tensors()), {**VALUES, "num_local_experts": 2})
     assert "experts.2.down_proj.weight: unexpected" in rejection(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"], ids=str)
+def test_rejects_dtype_that_does_not_hold_weights(dtype, tmp_path):
+    with pytest.raises(ValueError, match="dtype: must be torch.float32, .* got "):
+        load(write(tmp_path, random_tensors()), dtype)
