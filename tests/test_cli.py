@@ -429,6 +429,14 @@ def test_another_architecture(tmp_path):
     assert "is not a Llama 4" in result.stderr
 
 
+def test_check_is_refused_where_ids_may_differ():
+    config = ("--speculative-config", '{"verification": "rejection"}', "--check", "--json")
+    refused = generate("--prompt", "A class", "--temperature", "1", *config)
+    assert refused.exit_code == 2
+    assert "--check: compares ids, of which verification by rejection" in refused.stderr
+    assert json.loads(generate("--prompt", "A class", *config).stdout)["identical"] is True
+
+
 def test_check_exits_1_when_ids_differ(monkeypatch):
     """The comparison itself: a plain run that is made to differ must be reported."""
     from aerie import run

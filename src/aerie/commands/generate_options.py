@@ -156,6 +156,11 @@ class GenerateOptions:
         speculation = SpeculativeConfig.from_json(
             "{}" if self.speculative_config is None else self.speculative_config
         )
+        if self.check and speculation.verification == "rejection" and not sampling.is_greedy:
+            raise ValueError(
+                "--check: compares ids, of which verification by rejection keeps the distribution "
+                "alone; leave out one of the two, or the temperature"
+            )
         draft, device = self._draft(speculation), rank_device(device_named(self.device))
         if self.cuda_graphs:
             check_can_capture(device, self.backend.value, self.tensor_parallel_size)
