@@ -1,8 +1,8 @@
 """From the logits of a pass to the target's own token at every row.
 
 The choice at a row depends on its logits, its prefix, the seed and its position, never on the
-tree, the batch or the pass (draw-and-match, contract 7.1): so the text is the same with and
-without a draft, whatever the draft proposes and whoever runs beside.
+tree, the batch or the pass (draw-and-match): so the text is the same with and without a draft,
+whatever the draft proposes and whoever runs beside.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -2,7 +2,7 @@
 
     from the root, at every row n:  c = the child of n whose token is target_ids[n]
                                     if there is one, accept it and go on from c; else stop
-    bonus = target_ids of the row where the walk stops                     (contract 7.1)
+    bonus = target_ids of the row where the walk stops
 
 Row 0 of a sequence is its root, the last committed token that was not verified yet; the others are
 drafted nodes, parents before children. The target ids are the target's own choices given each row's

@@ -5,7 +5,7 @@
 Row t of sequence b sees the committed prefix and, of the new rows of b, its ancestors and itself
 (or every row up to itself, if the step is a chain); with a chunk size (Llama 4's local layers) only
 keys at positions >= floor(position_t / chunk) * chunk. That bound differs between the rows of one
-tree that straddles a chunk edge, as positions follow the depth and not the slot (contract 6.3).
+tree that straddles a chunk edge, as positions follow the depth and not the slot.
 
 Keys and values of new row j already lie in logical slot prefix_length + j. The query heads that
 share a kv head are packed with the rows into one tile (row t*(H/G) + g), so 64 packed rows read
@@ -264,6 +264,7 @@ def tree_attention(
 ) -> Tensor:
     """Attention of every row of the step; returns [T, H, K], zeros for rows of no sequence.
 
+    K is 16 to 128, pages hold a power of two of tokens, and a tree has at most 64 rows a sequence.
     The caches already hold the keys and values of the new rows; FP8 caches (float8_e4m3fn) come
     with `k_scale` and `v_scale`, float32 [G] or [1]. `num_splits` pins the number of shares of the
     keys, which is otherwise chosen from the shapes.

@@ -114,6 +114,7 @@ ROWS: dict[int, str] = {  # row of the table -> file and test that holds it
     64: f"{LOSSLESS} test_rejects_bad_requests",
     65: f"{SAMPLED} test_tiny_temperature_is_greedy",
     66: f"{SAMPLED} test_rejects_bad_settings",
+    67: "test_batches.py test_as_alone",
     70: f"{SAMPLED} test_illegal_logits_raise",
     72: f"{HERE} test_an_exception_in_mid_run_leaves_the_model_usable",
     73: f"{HERE} test_two_threads_on_one_pair",
@@ -127,7 +128,6 @@ ROWS: dict[int, str] = {  # row of the table -> file and test that holds it
 }
 NOTHING_TO_TEST = {
     61: "no tuning cache of our own; Triton's is in SECURITY.md",
-    67: "no batches of several prompts in `generate`",
     68: "no caches are passed in",
     69: "no masks are passed in",
     71: "no padding",

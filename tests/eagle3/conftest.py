@@ -91,7 +91,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def draft_shapes(config: dict[str, Any], target_width: int) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of a raw checkpoint (contract 3.1 and 5.1), without maps."""
+    """Tensor names and shapes of a raw checkpoint, without maps."""
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim", width // heads)
     q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim

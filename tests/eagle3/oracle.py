@@ -45,7 +45,7 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, *, interleaved: bo
 
 
 def tapped_outputs(config: dict[str, Any], num_layers: int) -> list[int]:
-    """Layers of the target whose outputs fc reads; a file's own ids say just that (contract 4)."""
+    """Layers of the target whose outputs fc reads; a file's own ids say just that."""
     key = "eagle_aux_hidden_state_layer_ids"
     explicit = config.get(key) or config.get("eagle_config", {}).get(key)
     return sorted(explicit or (1, num_layers // 2 - 1, num_layers - 4))

@@ -61,7 +61,7 @@ def test_rounds_of_different_length():
 
 @pytest.mark.parametrize("length", range(1, 9))
 def test_acceptance_length_from_conditional_acceptances(length):
-    """AL = 1 + sum over i of the product of the conditional acceptances up to i (contract 7.4)."""
+    """AL = 1 + sum over i of the product of the conditional acceptances up to i."""
     choose = random.Random(length)
     stats = count(*[(length, choose.randint(0, length)) for _ in range(50)])
     products = list(accumulate(stats.conditional_acceptance_per_position, mul))

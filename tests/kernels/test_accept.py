@@ -16,7 +16,7 @@ from tests.evidence import check_compiles, edges, few_examples, on_gpu, run_guar
 
 
 def _walk(tokens, parents, target_ids):
-    """The rule of contract 7.1 as a recursion: the accepted rows and the bonus."""
+    """The rule of `accept` as a recursion: the accepted rows and the bonus."""
 
     def step(row):
         children = [n for n in range(len(tokens)) if parents[n] == row]
