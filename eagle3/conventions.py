@@ -2,7 +2,8 @@
 
 One tap has two names: the *output of* layer i is the *input to* layer i + 1. Producers write the
 one or the other under the same key (SpecForge's 1, N/2 - 1, N - 4 and the speculators library's
-2, N/2, N - 3 are the same taps), so who wrote the file decides. Inside this package ids are inputs.
+2, N/2, N - 3 are the same taps), so who wrote the file decides, and where the ids themselves tell
+(sglang#25454 found both kinds among raw files), they do. Inside this package ids are inputs.
 """
 
 import logging
@@ -14,6 +15,7 @@ from aerie.kernels.rope import Layout
 from aerie.llama4.json_fields import CheckpointError, flag, integers, number, section
 
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
+ANGELSLIM_KEY = "aux_hidden_states_layer_ids"  # what AngelSlim trains by: outputs of these layers
 
 
 @dataclass(frozen=True)
@@ -41,30 +43,74 @@ def read_taps(flat: FlatConfig, reading: Reading, num_layers: int) -> Taps:
     """The taps of a draft for a target of `num_layers` layers."""
     origin, ids = "the override", reading.tap_ids
     if ids is None:
-        top, nested = integers(flat.values, TAP_KEY), integers(flat.nested, TAP_KEY)
-        origin, ids = (f"config key '{TAP_KEY}'", top) if top else ("eagle_config", nested)
+        origin, ids = _written_ids(flat)
     if not ids:
         inputs = default_taps(num_layers)
         shown = show_taps(inputs)
         return Taps(None, Decision("taps", shown, "the default: the config names none"))
-    convention, reason = _convention(flat, reading, ids, num_layers)
-    inputs = ids if convention == "input_to" else tuple(i + 1 for i in ids)
-    written = f"{list(ids)} from {origin}, read as '{convention}': {reason}"
-    return Taps(inputs, Decision("taps", show_taps(inputs), written, logging.INFO), convention)
+    read = _convention(flat, reading, ids, num_layers)
+    inputs = ids if read.convention == "input_to" else tuple(i + 1 for i in ids)
+    written = f"{list(ids)} from {origin}, read as '{read.convention}': {read.reason}"
+    return Taps(inputs, Decision("taps", show_taps(inputs), written, read.level), read.convention)
+
+
+def _written_ids(flat: FlatConfig) -> tuple[str, tuple[int, ...]]:
+    """The file's ids and where they stand; none if it names none."""
+    places = (
+        (f"config key '{TAP_KEY}'", flat.values, TAP_KEY),
+        ("eagle_config", flat.nested, TAP_KEY),
+        (f"config key '{ANGELSLIM_KEY}'", flat.values, ANGELSLIM_KEY),
+    )
+    found = ((origin, integers(values, key)) for origin, values, key in places)
+    return next(((origin, ids) for origin, ids in found if ids), ("", ()))
+
+
+@dataclass(frozen=True)
+class _Convention:
+    convention: TapConvention
+    reason: str
+    level: int = logging.INFO
 
 
 def _convention(
     flat: FlatConfig, reading: Reading, ids: tuple[int, ...], num_layers: int
-) -> tuple[TapConvention, str]:
+) -> _Convention:
     if reading.tap_convention is not None:
-        return reading.tap_convention, "the override says so"
-    if flat.format != "speculators":
-        return "output_of", f"that is what {flat.producer} writes"
+        return _Convention(reading.tap_convention, "the override says so")
     if flat.producer.endswith("trained by it"):
-        return "input_to", "that is what the speculators library trains with"
+        return _Convention("input_to", "that is what the speculators library trains with")
+    if num_layers in ids:  # nvidia/gpt-oss-120b-Eagle3-v3: 24, 30, 36 of 36 (sglang#32334)
+        reason = f"layers are numbered up to {num_layers - 1}, so {num_layers} is no layer's output"
+        return _Convention("input_to", reason)
+    outputs = integers(flat.values, ANGELSLIM_KEY)
+    if outputs:
+        return _angelslim(ids, outputs)
+    if flat.format == "ModelOpt":
+        return _Convention("output_of", f"that is what {flat.producer} writes")
     if set(ids) == set(default_taps(num_layers)):
-        return "input_to", "these are the speculators library's own defaults"
-    return "output_of", "converted heads keep the ids of SpecForge or ModelOpt"
+        reason = "these are the defaults of EAGLE and the speculators library, which count inputs"
+        return _Convention("input_to", reason)
+    if flat.format == "speculators":
+        return _Convention("output_of", "converted heads keep the ids of SpecForge or ModelOpt")
+    reason = f"that is what {flat.producer} writes"
+    if min(ids) == 1:
+        return _Convention("output_of", reason)
+    doubt = "; but SGLang and vLLM read ids that do not begin with 1 as inputs: `aerie probe` tells"
+    return _Convention("output_of", reason + doubt, logging.WARNING)
+
+
+def _angelslim(ids: tuple[int, ...], outputs: tuple[int, ...]) -> _Convention:
+    """AngelSlim's files may name the same taps twice, for its trainer and, as inputs, for vLLM."""
+    if ids == outputs:
+        return _Convention("output_of", "that is what AngelSlim trains with")
+    if ids == tuple(i + 1 for i in outputs):
+        reason = f"they are the layers after {list(outputs)}, AngelSlim's '{ANGELSLIM_KEY}'"
+        return _Convention("input_to", reason)
+    raise CheckpointError(
+        f"config keys '{TAP_KEY}' and '{ANGELSLIM_KEY}': {list(ids)} and {list(outputs)} name "
+        f"different layers (the first must be the second, or each one more); say which with "
+        f"tap_ids and tap_convention"
+    )
 
 
 def read_norm_before_residual(flat: FlatConfig, reading: Reading) -> bool:

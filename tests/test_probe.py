@@ -132,7 +132,8 @@ def test_names_the_fault(case, break_draft, target, texts):
 
 def test_names_taps_one_layer_late(break_draft, target, texts):
     """Ids of inputs in a file that is read as naming outputs; the convention alone corrects it."""
-    found = compare(break_draft({TAP_KEY: [2, 6, 9]}), target, texts)
+    modelopt = {"use_last_layernorm": True, TAP_KEY: [2, 6, 9]}
+    found = compare(break_draft({TAP_KEY: None, "eagle_config": modelopt}), target, texts)
     assert found.verdict == "misread"
     assert [t.candidate.mistake for t in found.better] == ["taps read one layer late"]
     assert found.better[0].candidate.reading.as_dict() == {"tap_convention": "input_to"}

@@ -151,7 +151,7 @@ def test_rejects_config_that_does_not_fit(changes, expected, draft_files, load_d
 
 @pytest.mark.parametrize(
     ("outputs", "inputs"),
-    [([1, 3, 8], "(2, 4, 9)"), ([-2, 4, 5], "(-1, 5, 6)"), ([1, 1, 4], "(2, 2, 5)")],
+    [([1, 3, 9], "(2, 4, 10)"), ([-2, 4, 5], "(-1, 5, 6)"), ([1, 1, 4], "(2, 2, 5)")],
     ids=str,
 )
 def test_rejects_taps_outside_the_target(outputs, inputs, draft_files, load_draft):

@@ -1,4 +1,9 @@
-"""Tap ids and their two conventions: who wrote a file decides, an override wins, both are shown."""
+"""Tap ids and their two conventions: who wrote a file decides, an override wins, both are shown.
+
+Ids tell by themselves where they are EAGLE's defaults, where one is the target's depth, and where
+AngelSlim wrote them under both of its keys (its `online_eagle3_trainer.py` reads the one, outputs
+by `hidden_states[id + 1]`, and vLLM the other). Sources of the raw cases: sglang#25454, #32334.
+"""
 
 import logging
 
@@ -7,8 +12,10 @@ import pytest
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.conventions import show_taps
 from aerie.eagle3.reading import AS_WRITTEN, Reading
+from aerie.llama4.json_fields import CheckpointError
 
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
+ANGELSLIM_KEY = "aux_hidden_states_layer_ids"
 DEPTH = 48
 LAYER = {
     "model_type": "llama",
@@ -33,8 +40,13 @@ def speculators(architecture: str) -> dict:
 
 PRODUCERS = {
     "SpecForge": (RAW, [1, 23, 44], (2, 24, 45)),
-    "SpecForge, other layers": (RAW, [2, 24, 45], (3, 25, 46)),
+    "SpecForge, other layers": (RAW, [1, 20, 40], (2, 21, 41)),
+    "raw, EAGLE's defaults": (RAW, [2, 24, 45], (2, 24, 45)),
+    "raw, the last state": (RAW, [24, 36, 48], (24, 36, 48)),
     "ModelOpt": (MODELOPT, [1, 23, 44], (2, 24, 45)),
+    "ModelOpt, other layers": (MODELOPT, [2, 24, 45], (3, 25, 46)),
+    "ModelOpt, the last state": (MODELOPT, [24, 36, 48], (24, 36, 48)),
+    "AngelSlim, both keys": ({**RAW, ANGELSLIM_KEY: [1, 20, 40]}, [2, 21, 41], (2, 21, 41)),
     "speculators, trained": (speculators("Eagle3DraftModel"), [2, 24, 45], (2, 24, 45)),
     "speculators, trained elsewhere": (speculators("Eagle3DraftModel"), [1, 23, 44], (1, 23, 44)),
     "speculators, the last state": (speculators("Eagle3DraftModel"), [2, 24, 48], (2, 24, 48)),
@@ -67,6 +79,23 @@ def test_an_override_wins(case):
     assert as_outputs.aux_hidden_state_layers == tuple(i + 1 for i in ids)
     other = Reading(tap_ids=(5, 6, 7), tap_convention="output_of")
     assert read({**values, TAP_KEY: ids}, other).aux_hidden_state_layers == (6, 7, 8)
+
+
+def test_raw_ids_that_servers_read_otherwise_are_a_warning():
+    config = read({**RAW, TAP_KEY: [4, 20, 40]})
+    assert config.aux_hidden_state_layers == (5, 21, 41)
+    (decision,) = (d for d in config.decisions if d.topic == "taps")
+    assert decision.level == logging.WARNING
+    assert "SGLang and vLLM read ids that do not begin with 1 as inputs" in decision.reason
+
+
+def test_angelslims_own_key_names_outputs():
+    assert read({**RAW, ANGELSLIM_KEY: [1, 20, 40]}).aux_hidden_state_layers == (2, 21, 41)
+
+
+def test_angelslims_keys_must_agree():
+    with pytest.raises(CheckpointError, match=r"\[3, 21, 41\] and \[1, 20, 40\] name different"):
+        read({**RAW, TAP_KEY: [3, 21, 41], ANGELSLIM_KEY: [1, 20, 40]})
 
 
 def test_nested_ids_are_read():

@@ -232,7 +232,8 @@ def test_taps_one_layer_off_change_the_logits(shift, draft_files, make_target, l
     files, target, text = draft_files("llama"), make_target(), torch.randint(0, 96, (LENGTH + 1,))
 
     def logits(*layers: int) -> Tensor:
-        files.config[TAP_KEY] = list(layers)
+        # a flag of ModelOpt's: its ids are outputs, even where they are EAGLE's defaults for inputs
+        files.config["eagle_config"] = {"use_last_layernorm": True, TAP_KEY: list(layers)}
         ours = load_draft(files, target)
         hidden = ours.combine_hidden_states(stream_outputs(target, text[:-1])[0])
         step = ours.allocate_cache(LENGTH).causal_step(LENGTH)
