@@ -43,7 +43,8 @@ def own_parts(names: set[str], config: Eagle3Config) -> OwnParts:
     """What a file with the tensors `names` (renamed) brings; a head that must be there counts.
 
     A head may be absent where it would be the target's own: over the full vocabulary, or where the
-    config (`has_lm_head`) or the reader (`lm_head` "target") says so.
+    config (`has_lm_head`) or the reader (`lm_head` "target") says so. Raises CheckpointError where
+    it would be the draft's embedding: SGLang reads `tie_word_embeddings` so.
     """
     is_full = config.draft_vocab_size == config.vocab_size
     may_lack = is_full or config.shares_target_head
@@ -54,6 +55,12 @@ def own_parts(names: set[str], config: Eagle3Config) -> OwnParts:
             head = True
         case None:
             head = HEAD in names or not may_lack
+            if not head and config.ties_own_head:
+                raise CheckpointError(
+                    f"config key 'tie_word_embeddings': true and no {HEAD}, so the head would be "
+                    f"the draft's embedding, which is not implemented; store it as {HEAD}, or take "
+                    f"the target's (lm_head 'target')"
+                )
     return OwnParts(EMBEDDING in names, head)
 
 

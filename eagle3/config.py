@@ -43,6 +43,7 @@ class Eagle3Config:
     attention_window: int | None  # rows that a trained sliding window shows; None: all
     trained_positions: int | None  # what the training saw; longer contexts are allowed
     shares_target_head: bool  # the file says that it has none of its own
+    ties_own_head: bool  # without a head in the file, the draft's embedding would be it
     format: Format = "raw"
     reading: Reading = AS_WRITTEN
     decisions: tuple[Decision, ...] = field(default=(), compare=False)

@@ -68,6 +68,7 @@ class ConfigFields:
             "attention_window": lambda: attention_window(flat),
             "trained_positions": self.trained_positions,
             "shares_target_head": self.shares_target_head,
+            "ties_own_head": lambda: flag(values, "tie_word_embeddings", False),
             "decisions": self.decisions,
         }
 

@@ -41,8 +41,8 @@ def attention_window(flat: FlatConfig) -> int | None:
     window = flat.values.get("sliding_window")
     if kinds and "sliding_attention" not in kinds:
         return None
-    if window is None and not kinds:
-        return None
+    if not kinds and (window is None or not flag(flat.values, "use_sliding_window", True)):
+        return None  # SpecForge's templates made from Qwen's configs name a window, switched off
     return integer(flat.values, "sliding_window")
 
 

@@ -60,6 +60,8 @@ def read_rope(values: Mapping[str, Any], default_theta: float) -> RopeConfig:
     theta = number(nested if "rope_theta" in nested else values, "rope_theta", default_theta)
     if nested and not nested.keys() & {"rope_theta", "rope_type", "type"}:
         raise CheckpointError(f"config key 'rope_parameters': one flat section, got {nested}")
+    for part in (values, nested):
+        _check_whole_heads(part)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta, None)
@@ -79,6 +81,16 @@ def read_rope(values: Mapping[str, Any], default_theta: float) -> RopeConfig:
             f"high_freq_factor {scaling.high_freq_factor}"
         )
     return RopeConfig(theta, scaling)
+
+
+def _check_whole_heads(values: Mapping[str, Any]) -> None:
+    """vLLM turns the first part of every head, transformers' Llama and SpecForge all of it."""
+    share = number(values, "partial_rotary_factor", 1.0)
+    if share != 1.0:
+        raise CheckpointError(
+            f"config key 'partial_rotary_factor': only whole heads are turned here, got {share:g}; "
+            f"remove it from a file whose trainer did the same (transformers' Llama, SpecForge)"
+        )
 
 
 def read_temperature(values: Mapping[str, Any]) -> Temperature | None:

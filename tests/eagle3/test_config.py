@@ -177,6 +177,12 @@ REJECTED = {
         "flat",
     ),
     "rope bands crossed": ({"rope_scaling": CROSSED}, "low_freq_factor", "high_freq_factor 1.0"),
+    "part of a head": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor", "0.25"),
+    "part of a head, nested": (  # AngelSlim's head for Qwen3.5-9B, of whose heads a quarter turns
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+        "partial_rotary_factor",
+        "0.25",
+    ),
     "theta is text": ({"rope_theta": "10000"}, "rope_theta", "'10000'"),
     "nested theta is text": ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta", "'1'"),
     "tap ids text": ({TAP_KEY: "2,4,5"}, TAP_KEY, "'2,4,5'"),

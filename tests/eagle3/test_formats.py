@@ -233,6 +233,20 @@ def test_interleaved_pairs_in_a_llama_layer(draft_files, make_target, tmp_path, 
     check_logits(draft, files, target, tensors=right)
 
 
+def test_a_head_tied_to_the_drafts_embedding_is_not_taken_for_the_targets(
+    draft_files, make_target, tmp_path
+):
+    """SGLang's `LlamaForCausalLMEagle3` makes `lm_head` the embedding where a config ties them."""
+    files = draft_files("llama", draft_vocab_size=None, tie_word_embeddings=True)
+    files.write(tmp_path / "its own")  # a head in the file is what it says, as in AngelSlim's files
+    del files.tensors["lm_head.weight"]
+    folder, target = files.write(tmp_path / "tied"), make_target()
+    assert load_draft(tmp_path / "its own", target).parts.head
+    with pytest.raises(CheckpointError, match=r"'tie_word_embeddings': true and no lm_head.weight"):
+        load_draft(folder, target)
+    assert load_draft_(folder, target, lm_head="target").lm_head is target.lm_head
+
+
 @pytest.mark.parametrize(
     ("how", "stored", "marked"),
     [("target_ids", "ids", False), ("membership", "zeros", True), ("identity", "zeros", False)],
@@ -262,6 +276,12 @@ def test_a_window_is_honoured_by_refusing_what_exceeds_it(draft_files, load_draf
     draft.allocate_cache(12)
     with pytest.raises(ValueError, match="sliding window of 12"):
         draft.allocate_cache(13)
+
+
+def test_a_window_that_is_switched_off_is_none(draft_files, load_draft):
+    """As in SpecForge's `qwen2.5-vl-32b-eagle3.json`; its trainer has no windows at all."""
+    draft = load_draft(draft_files("llama", sliding_window=12, use_sliding_window=False))
+    assert draft.config.attention_window is None
 
 
 @pytest.mark.parametrize("kind", ["eagle", "dflash", None])
