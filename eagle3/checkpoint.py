@@ -14,6 +14,7 @@ from aerie.llama4.stored_tensors import stored_tensors
 MEMBERSHIP = ("t2d", "model.t2d")  # implied by `d2t`; only checked against it
 EMBEDDING, HEAD, MAP = "embed_tokens.weight", "lm_head.weight", "d2t"
 EXPERTS = ("midlayer.mlp.router.", "midlayer.mlp.experts.")
+QUANTISED = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_packed", "qweight")
 PREFIXES = {
     "midlayer.feed_forward.": "midlayer.mlp.",
     "layers.0.feed_forward.": "midlayer.mlp.",
@@ -83,6 +84,17 @@ def check_is_dense(names: set[str]) -> None:
         raise CheckpointError(
             "config key 'moe_layers': the draft's layer is a mixture of experts (it has router or "
             "expert tensors); supported is a dense feed-forward"
+        )
+
+
+def check_is_unquantised(names: set[str]) -> None:
+    """Raises CheckpointError for quantised weights, by their tensors: ModelOpt's older exports say
+    so in a file of their own, `hf_quant_config.json`."""
+    quantised = sorted(name for name in names if name.endswith(QUANTISED))
+    if quantised:
+        raise CheckpointError(
+            f"draft: its weights are quantised ({quantised[0]} and {len(quantised) - 1} more such "
+            f"tensors); supported are float16, bfloat16 and float32, so store it unquantised"
         )
 
 

@@ -31,6 +31,7 @@ from aerie.eagle3.binding import (
 from aerie.eagle3.checkpoint import (
     OwnParts,
     check_is_dense,
+    check_is_unquantised,
     optional_tensors,
     own_parts,
     read_vocabulary_map,
@@ -184,6 +185,7 @@ class Eagle3Llama4ForCausalLM(Module):
         read_fields(
             {
                 "layer": lambda: check_is_dense(names),
+                "weights": lambda: check_is_unquantised(names),
                 "tensors": lambda: load_weights(draft, folder, renaming(parts), options),
                 "d2t": lambda: draft.d2t.copy_(read_vocabulary_map(folder, config)),
             }

@@ -4,28 +4,25 @@ from aerie.eagle3.formats import MODELOPT_FLAGS, FlatConfig
 from aerie.llama4.json_fields import CheckpointError, flag, integer, section, strings
 
 NOT_NULL = ("yoco_global_kv_layer", "yoco_local_kv_layer")  # refused even if 0, a layer's number
-SET = ("parallel_drafting", "mlp_bias")
+# the only value of each that is implemented; an absent key means it
+IMPLEMENTED: dict[str, object] = {**MODELOPT_FLAGS, "parallel_drafting": False, "mlp_bias": False}
 
 
 def check_supported(flat: FlatConfig) -> None:
     """Raises CheckpointError with every key that would change the mathematics."""
     values, nested = flat.values, flat.nested
-    refused = {key: values[key] for key in NOT_NULL if values.get(key) is not None}
-    refused |= {key: flat.get(key) for key in SET if flat.get(key)}
-    refused |= {
-        key: flat.get(key)
-        for key, published in MODELOPT_FLAGS.items()
+    problems = [_variant(key, values[key], None) for key in NOT_NULL if values.get(key) is not None]
+    problems += [
+        _variant(key, flat.get(key), published)
+        for key, published in IMPLEMENTED.items()
         if flat.get(key) is not None and flat.get(key) != published
-    }
+    ]
     if not all(flag(part, "use_aux_hidden_state", True) for part in (values, nested)):
-        refused["use_aux_hidden_state"] = False
+        problems.append(_variant("use_aux_hidden_state", False, True))
     if values.get("hidden_act", "silu") != "silu":
-        refused["hidden_act"] = values["hidden_act"]
+        problems.append(_variant("hidden_act", values["hidden_act"], "silu"))
     if _is_quantised(flat):
-        refused["quantization_config"] = values["quantization_config"]
-    problems = []
-    if refused:
-        problems.append(f"config keys of a draft variant that is not supported: {refused}")
+        problems.append(_variant("quantization_config", values["quantization_config"], None))
     if integer(values, "num_hidden_layers", 1) != 1:
         problems.append(
             "config key 'num_hidden_layers': an Eagle3 draft has exactly 1 layer here, got "
@@ -33,6 +30,13 @@ def check_supported(flat: FlatConfig) -> None:
         )
     if problems:
         raise CheckpointError("\n  ".join(problems))
+
+
+def _variant(key: str, value: object, supported: object) -> str:
+    return (
+        f"config key {key!r}: {value!r:.200} is a draft of another kind, which is not implemented; "
+        f"supported is {supported!r}"
+    )
 
 
 def attention_window(flat: FlatConfig) -> int | None:

@@ -86,6 +86,10 @@ def read_header(file: Path) -> list[StoredTensor]:
             if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(_not_safetensors(file, start, size))
             header = json.loads(stream.read(length), object_pairs_hook=unique_keys)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file}: a safetensors file that the index lists is missing; fetch it again"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,11 @@ from aerie.llama4.safetensors_header import PICKLE_REASON, StoredTensor, read_he
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_LISTED = 1000  # problems in one message
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADVICE = {  # what is said of files that stand there instead
+    (".safetensors",): f"names are not guessed; a single file is {SINGLE}, shards need {INDEX}",
+    (".gguf",): "GGUF is not read; take the safetensors that it was made from",
+    PICKLES: PICKLE_REASON,
+}
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
@@ -42,9 +47,7 @@ def _index(folder: Path) -> Mapping[str, str]:
     if (folder / SINGLE).exists():
         return {}
     if not (folder / INDEX).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-        hint = f", only {', '.join(pickles[:3])}: {PICKLE_REASON}" if pickles else ""
-        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}{hint}")
+        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}{_instead(folder)}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: 'weight_map' must be a non-empty object")
@@ -53,6 +56,15 @@ def _index(folder: Path) -> Mapping[str, str]:
     if wrong:
         raise CheckpointError("\n  ".join(wrong))
     return {tensor: str(name) for tensor, name in weight_map.items()}
+
+
+def _instead(folder: Path) -> str:
+    """What the folder holds in place of weights, and what to do about it."""
+    for suffixes, advice in ADVICE.items():
+        held = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
+        if held:
+            return f", only {', '.join(held[:3])}: {advice}"
+    return ""
 
 
 def _shard_fault(name: str) -> str:

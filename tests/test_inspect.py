@@ -112,6 +112,14 @@ def test_every_wrong_key_of_a_draft(broken):
         assert any(key in problem for problem in problems)
 
 
+def test_a_head_that_no_tensor_gives_is_a_problem(broken):
+    def change(tensors) -> None:
+        del tensors["lm_head.weight"]
+
+    folder = broken(DRAFT, {"tie_word_embeddings": True, "draft_vocab_size": 1024}, change)
+    assert any("'tie_word_embeddings': true" in problem for problem in printed(folder)["problems"])
+
+
 def test_every_problem_of_a_target(broken):
     def change(tensors) -> None:
         del tensors["model.norm.weight"]

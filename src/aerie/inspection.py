@@ -15,6 +15,7 @@ from aerie.eagle3.architectures import EAGLE3_KEYS, architecture
 from aerie.eagle3.binding import check_fits, sharing_decisions
 from aerie.eagle3.checkpoint import (
     check_is_dense,
+    check_is_unquantised,
     optional_tensors,
     own_parts,
     read_vocabulary_map,
@@ -194,10 +195,13 @@ def _inspect_draft_tensors(
     names = found.attempt(lambda: tensor_names(folder))
     if names is None:
         return
-    parts = own_parts(names, config)
+    parts = found.attempt(lambda: own_parts(names, config))
+    if parts is None:
+        return
     with torch.device("meta"):
         draft = Eagle3Llama4ForCausalLM(config, "eager", "meta", parts)
     found.attempt(lambda: check_is_dense(names))
+    found.attempt(lambda: check_is_unquantised(names))
     found.attempt(
         lambda: load_weights(
             draft,

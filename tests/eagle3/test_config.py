@@ -160,7 +160,11 @@ REJECTED = {
     "yoco global": ({"yoco_global_kv_layer": 3}, "yoco_global_kv_layer", "3"),
     "yoco local": ({"yoco_local_kv_layer": 3}, "yoco_local_kv_layer", "3"),
     "window text": ({"sliding_window": "2048"}, "sliding_window", "'2048'"),
-    "ModelOpt flag": ({"eagle_config": {"use_mtp_layernorm": True}}, "use_mtp_layernorm", "True"),
+    "ModelOpt flag": (
+        {"eagle_config": {"use_mtp_layernorm": True}},
+        "'use_mtp_layernorm': True",
+        "supported is False",
+    ),
     "layer of another model": ({"model_type": "qwen3"}, "model_type", "'qwen3'"),
     "two norms": ({"norm_before_fc": True, "fc_norm": True}, "norm_before_fc", "fc_norm"),
     "logit scale text": ({"logit_scale": "1"}, "logit_scale", "'1'"),

@@ -271,6 +271,15 @@ def test_membership_must_mark_the_whole_vocabulary(draft_files, make_target, tmp
         load_draft_(folder, make_target(), vocabulary_map="membership")
 
 
+def test_quantised_weights_are_known_by_their_tensors(draft_files, load_draft):
+    """ModelOpt's `hf_spec_export.py` writes the scales beside the weights; its older versions said
+    what they are in `hf_quant_config.json` alone."""
+    files = draft_files("llama")
+    files.tensors["midlayer.mlp.up_proj.weight_scale"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match=r"weights are quantised \(midlayer.mlp.up_proj.wei"):
+        load_draft(files)
+
+
 def test_a_window_is_honoured_by_refusing_what_exceeds_it(draft_files, load_draft):
     draft = load_draft(draft_files("llama", sliding_window=12, layer_types=["sliding_attention"]))
     draft.allocate_cache(12)

@@ -201,7 +201,9 @@ def test_rejects_index_without_map(value, tmp_path):
 def test_rejects_missing_shard(tmp_path):
     folder = write_shards(tmp_path, random_tensors())
     (folder / "model-0.safetensors").unlink()
-    assert "model-0.safetensors: not a readable safetensors file" in rejection(folder)
+    assert "model-0.safetensors: a safetensors file that the index lists is missing" in rejection(
+        folder
+    )
 
 
 def test_rejects_tensor_in_two_shards(tmp_path):

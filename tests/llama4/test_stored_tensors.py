@@ -140,6 +140,20 @@ def test_rejects_folder_of_pickles(tmp_path):
     assert "only pytorch_model.bin: loading a pickle runs code that it contains" in message
 
 
+@pytest.mark.parametrize(
+    ("held", "advice"),
+    [
+        ("model-Q4_K_M.gguf", "GGUF is not read; take the safetensors"),
+        ("draft.safetensors", "a single file is model.safetensors, shards need"),
+    ],
+    ids=["GGUF", "another name"],
+)
+def test_says_what_the_folder_holds_instead(held, advice, tmp_path):
+    (tmp_path / held).write_bytes(b"x")
+    assert f"only {held}: " in rejection(tmp_path)
+    assert advice in rejection(tmp_path)
+
+
 def test_rejects_pickled_shard(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
     assert "loading a pickle runs code" in rejection(tmp_path)
