@@ -18,11 +18,18 @@ from aerie.eagle3.conventions import (
     read_taps,
     rope_decisions,
     rotary_layout,
+    yarn_decisions,
 )
 from aerie.eagle3.formats import FlatConfig
 from aerie.eagle3.reading import AS_WRITTEN, Decision, Reading
 from aerie.eagle3.supported import attention_window, check_supported
-from aerie.llama4.attention_config import AttentionSpec, check_heads, read_rope, read_temperature
+from aerie.llama4.attention_config import (
+    AttentionSpec,
+    RopeConfig,
+    check_heads,
+    read_rope,
+    read_temperature,
+)
 from aerie.llama4.json_fields import CheckpointError, flag, integer, integers, number
 
 FEATURE_NORMS: dict[str, "FeatureNorm"] = {"norm_before_fc": "joint", "fc_norm": "per_tap"}
@@ -54,7 +61,7 @@ class ConfigFields:
             ),
             "intermediate_size": self.intermediate_size,
             "attention": self.attention,
-            "rope": lambda: read_rope(values, DEFAULT_ROPE_THETA),
+            "rope": lambda: self.rope,
             "rms_norm_eps": lambda: self.eps,
             "vocab_size": lambda: integer(values, "vocab_size"),
             "draft_vocab_size": self.draft_vocab_size,
@@ -83,6 +90,10 @@ class ConfigFields:
     @property
     def taps(self) -> Taps:
         return read_taps(self.flat, self.reading, self.target_num_layers)
+
+    @property
+    def rope(self) -> RopeConfig:
+        return read_rope(self.flat.values, DEFAULT_ROPE_THETA, may_be_yarn=True)
 
     @property
     def eps(self) -> float:
@@ -148,6 +159,8 @@ class ConfigFields:
             qk_norm_eps=self.eps if has_qk_norm else None,
             temperature=None if uses_rope else read_temperature(values),
             chunk_size=None,
+            # normalised queries and keys lose what cosines and sines were multiplied by
+            score_factor=self.rope.score_factor if uses_rope and not has_qk_norm else 1.0,
         )
 
     def decisions(self) -> tuple[Decision, ...]:
@@ -161,8 +174,7 @@ class ConfigFields:
             *read_norm_output(flat, self.reading).decisions,
         ]
         if self.attention().rotary_layout is not None:
-            theta = read_rope(flat.values, DEFAULT_ROPE_THETA).theta
-            found += rope_decisions(flat, theta)
+            found += [*rope_decisions(flat, self.rope.theta), *yarn_decisions(flat, self.rope.yarn)]
         if flat.values.get("rms_norm_eps") is None:
             reason = "the config names none; transformers' own for this layer kind"
             found.append(Decision("rms_norm_eps", f"{self.eps:g}", reason, logging.INFO))

@@ -13,6 +13,7 @@ from aerie.eagle3.formats import FlatConfig
 from aerie.eagle3.reading import Decision, Reading, TapConvention
 from aerie.kernels.rope import Layout
 from aerie.llama4.json_fields import CheckpointError, flag, integers, number, section
+from aerie.llama4.yarn import YarnScaling
 
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 ANGELSLIM_KEY = "aux_hidden_states_layer_ids"  # what AngelSlim trains by: outputs of these layers
@@ -159,6 +160,17 @@ def rope_decisions(flat: FlatConfig, theta: float) -> tuple[Decision, ...]:
         reason = f"from {key}, while the top level says {top:g}"
         return (Decision("rope_theta", f"{theta:g}", reason, logging.WARNING),)
     return (Decision("rope_theta", f"{theta:g}", "the top level" if nested is None else key),)
+
+
+def yarn_decisions(flat: FlatConfig, yarn: YarnScaling | None) -> tuple[Decision, ...]:
+    """ModelOpt trains without YaRN and exports with it; the file is followed, as by servers."""
+    if yarn is None:
+        return ()
+    choice = f"yarn, {yarn.factor:g} times {yarn.original_max_position_embeddings} positions"
+    reason = f"scores times {yarn.score_factor:.3g}"
+    if flat.format == "ModelOpt":
+        reason += "; its exporter adds that to drafts trained without"
+    return (Decision("rope scaling", choice, reason, logging.INFO),)
 
 
 def either(flat: FlatConfig, key: str) -> bool:

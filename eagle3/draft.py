@@ -50,7 +50,7 @@ from aerie.kernels.embedding import Embedding
 from aerie.kernels.linear import Linear
 from aerie.kernels.module import Module
 from aerie.kernels.rms_norm import RMSNorm
-from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
+from aerie.kernels.rotation import Rotation, rotation, rotation_ref
 from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
 from aerie.llama4.communicator import Communicator, shard_of
@@ -113,9 +113,7 @@ class Eagle3Llama4ForCausalLM(Module):
             self.lm_head = Linear(width, head_rows, False, self.backend)
         with torch.device("cpu"):  # these must exist even while the rest is built on meta
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-            inv_freq_J = inverse_frequencies(
-                config.attention.head_dim, config.rope.theta, config.rope.scaling
-            )
+            inv_freq_J = config.rope.frequencies(config.attention.head_dim)
         self.register_buffer("inv_freq", inv_freq_J, persistent=False)
         self._rotation = pick(self.backend, rotation, rotation_ref)
         self._draft_vocab = pick(self.backend, draft_vocab, draft_vocab_ref)

@@ -75,7 +75,7 @@ class Attention(PackedModule):
             kv.v_RCGK,
             placement.rows,
             spec.chunk_size,
-            spec.head_dim**-0.5,
+            spec.head_dim**-0.5 * spec.score_factor,
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
         )

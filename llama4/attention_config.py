@@ -4,17 +4,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from aerie.kernels.rope import Layout
-from aerie.kernels.rotation import Llama3Scaling
+from aerie.kernels.rotation import Llama3Scaling, inverse_frequencies
 from aerie.llama4.json_fields import CheckpointError, flag, integer, number
+from aerie.llama4.yarn import YarnScaling, read_yarn, yarn_frequencies
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Base frequency and optional llama3 scaling."""
+    """Base frequency and optional scaling: of llama3, or of YaRN in drafts."""
 
     theta: float
     scaling: Llama3Scaling | None
+    yarn: YarnScaling | None = None
+
+    @property
+    def score_factor(self) -> float:
+        """What scores are multiplied by beside 1 / sqrt(head_dim)."""
+        return 1.0 if self.yarn is None else self.yarn.score_factor
+
+    def frequencies(self, head_dim: int) -> Tensor:
+        """Of every rotary pair, [J]."""
+        if self.yarn is not None:
+            return yarn_frequencies(head_dim, self.theta, self.yarn)
+        return inverse_frequencies(head_dim, self.theta, self.scaling)
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class AttentionSpec:
     qk_norm_eps: float | None  # None: queries and keys are not normalised
     temperature: Temperature | None
     chunk_size: int | None  # None: all earlier positions are visible
+    score_factor: float = 1.0  # beside 1 / sqrt(head_dim)
 
 
 def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
@@ -52,7 +68,9 @@ def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         raise CheckpointError(f"config key 'head_dim': must be even and <= 256, got {head_dim}")
 
 
-def read_rope(values: Mapping[str, Any], default_theta: float) -> RopeConfig:
+def read_rope(
+    values: Mapping[str, Any], default_theta: float, *, may_be_yarn: bool = False
+) -> RopeConfig:
     """RoPE from `rope_parameters`, or from top-level `rope_theta` and `rope_scaling`."""
     nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(nested, dict):
@@ -65,10 +83,13 @@ def read_rope(values: Mapping[str, Any], default_theta: float) -> RopeConfig:
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta, None)
+    if kind == "yarn" and may_be_yarn:
+        if theta <= 1:  # its formula divides by the logarithm
+            raise CheckpointError(f"config key 'rope_theta': must exceed 1 for YaRN, got {theta:g}")
+        return RopeConfig(theta, None, read_yarn(nested))
     if kind != "llama3":
-        raise CheckpointError(
-            f"config key 'rope_type': supported are 'default', 'llama3'; got {kind!r}"
-        )
+        kinds = "'default', 'llama3'" + (", 'yarn'" if may_be_yarn else "")
+        raise CheckpointError(f"config key 'rope_type': supported are {kinds}; got {kind!r}")
     scaling = Llama3Scaling(
         factor=number(nested, "factor"),
         low_freq_factor=number(nested, "low_freq_factor"),

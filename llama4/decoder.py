@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aerie.kernels.backend import ResolvedBackend, pick
 from aerie.kernels.module import Module
 from aerie.kernels.rms_norm import NormedResidual
-from aerie.kernels.rotation import Rotation, inverse_frequencies, rotation, rotation_ref
+from aerie.kernels.rotation import Rotation, rotation, rotation_ref
 from aerie.llama4.attention import Attention
 from aerie.llama4.communicator import Communicator, shard_of
 from aerie.llama4.config import Llama4Config
@@ -89,9 +89,7 @@ class Llama4Model(Module):
         self.layers = cast("list[DecoderLayer]", nn.ModuleList(blocks))
         self.norm = residual_norm(width, eps, backend, communicator)
         with torch.device("cpu"):  # computed, not loaded: must exist even while building on meta
-            inv_freq_J = inverse_frequencies(
-                config.head_dim, config.rope.theta, config.rope.scaling
-            )
+            inv_freq_J = config.rope.frequencies(config.head_dim)
         self.register_buffer("inv_freq", inv_freq_J, persistent=False)
         self._rotation = pick(backend, rotation, rotation_ref)
 

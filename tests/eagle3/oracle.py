@@ -18,7 +18,8 @@ def rms_norm(x: Tensor, eps: float, weight: Tensor | float = 1.0) -> Tensor:
 
 
 def inverse_frequencies(config: dict[str, Any], head_dim: int) -> Tensor:
-    """The draft's own theta, 10000 if it writes none; llama3 scaling with low == high allowed."""
+    """The draft's own theta, 10000 if it writes none; llama3 scaling with low == high allowed, and
+    YaRN by the number of turns within the original context (arXiv 2309.00071, equation 13)."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = config.get("rope_theta", scaling.get("rope_theta", 10000.0))
     frequencies = []
@@ -30,8 +31,24 @@ def inverse_frequencies(config: dict[str, Any], head_dim: int) -> Tensor:
             smooth = float(turns > high) if low == high else (turns - low) / (high - low)
             smooth = min(max(smooth, 0.0), 1.0)
             f = (1 - smooth) * f / scaling["factor"] + smooth * f
+        if scaling.get("rope_type") == "yarn":
+            context = scaling["original_max_position_embeddings"]
+            pairs = [
+                head_dim / 2 * math.log(context / (2 * math.pi * turns), theta) for turns in (32, 1)
+            ]
+            first, last = max(math.floor(pairs[0]), 0), min(math.ceil(pairs[1]), head_dim - 1)
+            share = min(max((i - first) / (last - first), 0.0), 1.0)
+            f = (1 - share) * f + share * f / scaling["factor"]
         frequencies.append(f)
     return torch.tensor(frequencies, dtype=torch.float64)
+
+
+def rope_gain(config: dict[str, Any]) -> float:
+    """Of queries and of keys: YaRN's "temperature"."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+    return scaling.get("attention_factor", 0.1 * math.log(scaling["factor"]) + 1)
 
 
 def rotate(x: Tensor, positions: Tensor, frequencies: Tensor, *, interleaved: bool) -> Tensor:
@@ -109,6 +126,7 @@ class DraftOracle:
             frequencies = inverse_frequencies(config, head_dim)
             q = rotate(q, positions, frequencies, interleaved=self.is_llama4)
             k = rotate(k, positions, frequencies, interleaved=self.is_llama4)
+            q, k = (y * rope_gain(config) for y in (q, k))
             if self.is_llama4 and config["use_qk_norm"]:
                 q, k = (rms_norm(y, config["rms_norm_eps"]) for y in (q, k))
         elif config["attn_temperature_tuning"]:

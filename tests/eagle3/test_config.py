@@ -141,6 +141,7 @@ def test_rejects_wrong_integer(key, value, read):
 
 
 YARN = {"rope_type": "yarn"}
+WHOLE_YARN = {**YARN, "factor": 32.0, "original_max_position_embeddings": 2048}
 CROSSED = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -174,7 +175,14 @@ REJECTED = {
     "heads not divisible": ({"num_key_value_heads": 3}, "num_key_value_heads 3", "10"),
     "odd head_dim": ({"head_dim": 5}, "head_dim", "5"),
     "large vocabulary": ({"draft_vocab_size": 97}, "draft_vocab_size", "97"),
-    "rope type": ({"rope_scaling": YARN}, "rope_type", "'yarn'"),
+    "rope type": ({"rope_scaling": {"rope_type": "linear"}}, "rope_type", "'linear'"),
+    "YaRN without its factor": ({"rope_scaling": YARN}, "'factor'", "missing"),
+    "YaRN of theta 1": ({"rope_scaling": WHOLE_YARN, "rope_theta": 1}, "'rope_theta'", "got 1"),
+    "YaRN bounds crossed": (
+        {"rope_scaling": {**WHOLE_YARN, "beta_fast": 1, "beta_slow": 2}},
+        "'beta_slow'",
+        "exceed beta_fast 1",
+    ),
     "rope by layer type": (
         {"rope_parameters": {"full_attention": YARN}},
         "rope_parameters",

@@ -233,6 +233,27 @@ def test_interleaved_pairs_in_a_llama_layer(draft_files, make_target, tmp_path, 
     check_logits(draft, files, target, tensors=right)
 
 
+YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama4"])
+@pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.5}], ids=["usual", "own factor"])
+def test_yarn(changes, kind, draft_files, make_target, load_draft, check_logits):
+    """ModelOpt's exporter writes it into every draft that was trained without scaling, theta at the
+    top level (`eagle_export_rope_scaling` in `modelopt/torch/speculative/config.py`); shorter."""
+    target, theta = make_target(), 10000.0
+    files = draft_files(kind, rope_theta=theta, rope_scaling={**YARN, **changes})
+    check_logits(load_draft(files, target), files, target)
+
+
+def test_yarn_of_modelopt_is_said(draft_files, load_draft, caplog):
+    caplog.set_level(logging.INFO, "aerie")
+    load_draft(as_modelopt(draft_files("llama", rope_scaling=YARN)))
+    assert (
+        "rope scaling: yarn, 32 times 64 positions (scores times 1.81; its exporter" in caplog.text
+    )
+
+
 def test_a_head_tied_to_the_drafts_embedding_is_not_taken_for_the_targets(
     draft_files, make_target, tmp_path
 ):
