@@ -14,6 +14,7 @@ from aerie.llama4.stored_tensors import stored_tensors
 MEMBERSHIP = ("t2d", "model.t2d")  # implied by `d2t`; only checked against it
 EMBEDDING, HEAD, MAP = "embed_tokens.weight", "lm_head.weight", "d2t"
 EXPERTS = ("midlayer.mlp.router.", "midlayer.mlp.experts.")
+ELSEWHERE = ("membership", "identity")  # vocabulary maps that are not read from `d2t`
 QUANTISED = ("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_packed", "qweight")
 PREFIXES = {
     "midlayer.feed_forward.": "midlayer.mlp.",
@@ -65,16 +66,18 @@ def own_parts(names: set[str], config: Eagle3Config) -> OwnParts:
     return OwnParts(EMBEDDING in names, head)
 
 
-def renaming(parts: OwnParts) -> Renaming:
-    """Leaves out a head that is not wanted."""
+def renaming(parts: OwnParts, config: Eagle3Config) -> Renaming:
+    """Leaves out a head that is not wanted, and a `d2t` that the map is not read from."""
     unwanted = () if parts.head else (HEAD, f"model.{HEAD}")
+    if config.reading.vocabulary_map in ELSEWHERE:
+        unwanted += (MAP, f"model.{MAP}")
     return Renaming(prefixes=PREFIXES, ignored=MEMBERSHIP + unwanted)
 
 
 def optional_tensors(config: Eagle3Config) -> tuple[str, ...]:
     """The map may be absent where it is the identity, or is not what the map is read from."""
     is_full = config.draft_vocab_size == config.vocab_size
-    return (MAP,) if is_full or config.reading.vocabulary_map in ("membership", "identity") else ()
+    return (MAP,) if is_full or config.reading.vocabulary_map in ELSEWHERE else ()
 
 
 def check_is_dense(names: set[str]) -> None:
@@ -111,6 +114,11 @@ def read_vocabulary_map(folder: Path, config: Eagle3Config) -> Tensor:
         return nothing_U
     if how == "membership":
         return _offsets(_members(t2d_V, size, folder))
+    if d2t_U is not None and d2t_U.is_floating_point():
+        raise CheckpointError(
+            f"{folder}: d2t is {str(d2t_U.dtype).removeprefix('torch.')}, which rounds large "
+            f"numbers, so its ids are lost; vocabulary_map 'membership' takes them from t2d"
+        )
     if d2t_U is None or d2t_U.shape != (size,) or d2t_U.dtype not in (torch.int32, torch.int64):
         return nothing_U
     d2t_U = _offsets(d2t_U.long()) if how == "target_ids" else d2t_U.long()

@@ -134,6 +134,12 @@ def read_norm_output(flat: FlatConfig, reading: Reading) -> NormOutput:
     if reading.norm_output is not None:
         return NormOutput(reading.norm_output)
     written = either(flat, "norm_output")
+    if flat.format == "raw" and flat.get("norm_output") is False:
+        reason = (
+            "as the file says; SpecForge before September 2026 (#879) wrote that for a head that "
+            "reads the state without a norm, which is not implemented"
+        )
+        return NormOutput(False, (Decision("norm_output", "false", reason, logging.INFO),))
     if not written or flat.format == "speculators" or either(flat, "fc_norm"):
         return NormOutput(written)
     reason = (

@@ -184,7 +184,7 @@ class Eagle3Llama4ForCausalLM(Module):
             {
                 "layer": lambda: check_is_dense(names),
                 "weights": lambda: check_is_unquantised(names),
-                "tensors": lambda: load_weights(draft, folder, renaming(parts), options),
+                "tensors": lambda: load_weights(draft, folder, renaming(parts, config), options),
                 "d2t": lambda: draft.d2t.copy_(read_vocabulary_map(folder, config)),
             }
         )

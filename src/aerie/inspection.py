@@ -206,7 +206,7 @@ def _inspect_draft_tensors(
         lambda: load_weights(
             draft,
             folder,
-            renaming(parts),
+            renaming(parts, config),
             LoadOptions(torch.float32, "meta", optional_tensors(config)),
         )
     )

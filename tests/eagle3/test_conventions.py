@@ -98,6 +98,13 @@ def test_angelslims_keys_must_agree():
         read({**RAW, TAP_KEY: [3, 21, 41], ANGELSLIM_KEY: [1, 20, 40]})
 
 
+def test_norm_output_false_had_another_meaning_once():
+    """SpecForge#879: until then its head read what `norm_output` false left un-normed."""
+    (decision,) = (d for d in read({**RAW, "norm_output": False}).decisions if "norm_o" in d.topic)
+    assert "SpecForge before September 2026" in decision.reason
+    assert decision.level == logging.INFO
+
+
 def test_nested_ids_are_read():
     nested = {**MODELOPT["eagle_config"], TAP_KEY: [1, 23, 44]}
     assert read({**MODELOPT, "eagle_config": nested}).aux_hidden_state_layers == (2, 24, 45)

@@ -286,6 +286,21 @@ def test_vocabulary_map_readings(how, stored, marked, draft_files, make_target, 
     assert torch.equal(draft.d2t, offsets * 0 if how == "identity" else offsets)
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_rounded_map_is_taken_from_t2d(prefix, draft_files, make_target, tmp_path):
+    """A file cast as a whole: bfloat16 counts every number up to 256 only."""
+    files, target = draft_files("llama"), make_target()
+    offsets = files.tensors.pop("d2t")
+    ids = offsets + torch.arange(32)
+    files.tensors["t2d"] = torch.zeros(96).index_fill(0, ids, 1.0)
+    files.tensors[f"{prefix}d2t"] = offsets.bfloat16()
+    folder = files.write(tmp_path / "draft")
+    with pytest.raises(CheckpointError, match="d2t is bfloat16, .* 'membership' takes them"):
+        load_draft(folder, target)
+    draft = load_draft_(folder, target, vocabulary_map="membership")
+    assert torch.equal(draft.d2t, offsets)
+
+
 def test_membership_must_mark_the_whole_vocabulary(draft_files, make_target, tmp_path):
     folder = draft_files("llama").write(tmp_path / "draft")
     with pytest.raises(CheckpointError, match="t2d must mark 32 target ids"):
