@@ -11,7 +11,7 @@ Letters: R rows to draw behind, A siblings, U draft vocabulary, B sequences, N r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Draws:
         return Drawn(children_NS, ranks_N, probs_BNU, self._ids_U)
 
 
-@lru_cache(maxsize=256)
+@cache
 @torch.inference_mode(False)
 def _children(parents: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The children of every row in their order, and the place of every row among its siblings."""

@@ -4,19 +4,42 @@ Nothing here reads the device, and the shapes depend on the counts alone: so a r
 be captured in a CUDA graph, and the host need not know what the round before has accepted. Rows
 that turn out to be none, behind those accepted, are overwritten by the next step.
 
+A graph reads addresses and holds no tensors. What is built once here is therefore never dropped:
+prompts of other lengths must not take the place of what a captured round goes on reading.
+
 Letters: B sequences of the step, N rows of each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from aerie.kernels.tree_rows import TreeRows
+from aerie.kernels.tree_rows import MAX_TREE_ROWS, TreeRows
 from aerie.llama4.cache import PagedKVCache
 from aerie.llama4.kv_pool import rows_of
 from aerie.llama4.step import DeviceTree, Placement, Step, Tree
+
+Others = ParamSpec("Others")
+Built = TypeVar("Built")
+
+
+def kept_for_rounds(
+    build: Callable[Concatenate[int, Others], Built],
+) -> Callable[Concatenate[int, Others], Built]:
+    """`build` of a count, once for every count that a round can have; anew for that of a prompt,
+    of which there are too many to keep."""
+    built = torch.inference_mode(False)(build)
+    kept = cache(built)
+
+    @wraps(build)
+    def of(count: int, *others: Others.args, **named: Others.kwargs) -> Built:
+        return (kept if count <= MAX_TREE_ROWS else built)(count, *others, **named)
+
+    return of
 
 
 def device_step(
@@ -33,7 +56,7 @@ def device_step(
     pool = cache.pools[0]
     tree_rows = TreeRows(
         positions_T=positions_BN.view(-1),
-        row_starts_B1=_row_starts(sequences, rows, lengths_B.device),
+        row_starts_B1=_row_starts(rows, sequences, lengths_B.device),
         prefix_lengths_B=lengths_B.int(),
         page_table_BM=rows_of(pool.page_table_BM, first_sequence, sequences),
         ancestors_T=None if shape.words_N is None else per_row(shape.words_N, sequences),
@@ -63,7 +86,7 @@ def successive_steps(cache: PagedKVCache, lengths_B: Tensor, count: int) -> Succ
     """
     (sequences,), device = lengths_B.shape, lengths_B.device
     positions_NB = lengths_B + counting(count, device)[:, None]
-    prefixes_NB, starts_B1 = positions_NB.int(), _row_starts(sequences, 1, device)
+    prefixes_NB, starts_B1 = positions_NB.int(), _row_starts(1, sequences, device)
     placements: list[list[Placement]] = [[] for _ in range(count)]
     for pool in cache.pools:
         table_BM = rows_of(pool.page_table_BM, 0, sequences)
@@ -95,15 +118,14 @@ def per_row(values_N: Tensor, sequences: int) -> Tensor:
     return values_N.contiguous().view(-1)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@kept_for_rounds
 def chain_shape(rows: int, device: torch.device) -> DeviceTree:
-    """`rows` rows, each the child of the one before; built once."""
+    """`rows` rows, each the child of the one before."""
     depths_N = torch.arange(rows, device=device)
     return DeviceTree(depths_N - 1, depths_N, None)
 
 
-@lru_cache(maxsize=256)
+@cache
 @torch.inference_mode(False)
 def device_shape(tree: Tree, device: torch.device) -> DeviceTree:
     """`tree` on the device, built once."""
@@ -111,14 +133,12 @@ def device_shape(tree: Tree, device: torch.device) -> DeviceTree:
     return DeviceTree(*(torch.tensor(column, device=device).long() for column in columns))
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@kept_for_rounds
 def counting(count: int, device: torch.device) -> Tensor:
-    """0 .. count - 1, built once."""
+    """0 .. count - 1."""
     return torch.arange(count, device=device)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _row_starts(sequences: int, rows: int, device: torch.device) -> Tensor:
+@kept_for_rounds
+def _row_starts(rows: int, sequences: int, device: torch.device) -> Tensor:
     return torch.arange(0, (sequences + 1) * rows, rows, dtype=torch.int32, device=device)
