@@ -148,6 +148,7 @@ class CudaCapture:
         if self._used >= self._max_bytes:
             raise GraphMemoryError(f"{self._used} of {self._max_bytes} bytes are used")
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a capture begins with it; what warm-ups left would be set off
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             report = call()

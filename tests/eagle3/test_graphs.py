@@ -3,10 +3,12 @@
 Regimes: on the CPU a capture is the call itself, so all but CUDA's part runs: classes above the
 number of sequences, both ways to choose, rules and rejection, a prompt that is being read beside,
 what cannot be replayed and says why, a spent budget. A round takes nothing from the host that a
-capture would freeze. With a GPU: replays against the eager path, within their memory.
+capture would freeze. What a capture takes is counted, beside what warm-ups gave back. With a GPU:
+replays against the eager path, within their memory.
 """
 
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,7 +20,14 @@ from aerie.eagle3.choice_form import EVERY_FILTER, GREEDY, ChoiceForm, RuleForm
 from aerie.eagle3.cost_aware import CostAware
 from aerie.eagle3.engine import Engine
 from aerie.eagle3.generate import Decodings, generate
-from aerie.eagle3.graphs import GRAPH, GraphedRounds, GraphMemoryError, forms_of, size_classes
+from aerie.eagle3.graphs import (
+    GRAPH,
+    CudaCapture,
+    GraphedRounds,
+    GraphMemoryError,
+    forms_of,
+    size_classes,
+)
 from aerie.eagle3.policies import Chain, DynamicTree, StaticTree
 from aerie.eagle3.rows import Pair
 from aerie.eagle3.sampling import SamplingParams
@@ -206,6 +215,46 @@ def test_graphs_need_a_gpu():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda_graph_bytes: needs a GPU"):
             Decodings(Pair(target, None, Chain(3)), requests, cuda_graph_bytes=1)
+
+
+class FakeCuda:
+    """CUDA's allocator as a capture meets it: `torch.cuda.graph` empties the cache first."""
+
+    def __init__(self, monkeypatch, of_warm_ups: int) -> None:
+        self.of_warm_ups, self.of_graphs = of_warm_ups, 0
+        own = {
+            "synchronize": lambda: None,
+            "graph_pool_handle": lambda: None,
+            "CUDAGraph": lambda: None,
+            "memory_reserved": lambda: self.of_warm_ups + self.of_graphs,
+            "empty_cache": self.empty_cache,
+            "graph": self.graph,
+        }
+        for name, value in own.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def empty_cache(self) -> None:
+        self.of_warm_ups = 0
+
+    @contextmanager
+    def graph(self, graph, pool):
+        self.empty_cache()
+        yield
+
+    def take(self, num_bytes: int) -> None:
+        self.of_graphs += num_bytes
+
+
+@pytest.mark.parametrize("of_warm_ups", [0, 100])
+def test_a_capture_counts_what_it_takes(monkeypatch, of_warm_ups):
+    cuda = FakeCuda(monkeypatch, of_warm_ups)
+    capture = CudaCapture(50)
+    capture(lambda: cuda.take(40))
+    cuda.of_warm_ups = of_warm_ups  # those of the next class
+    with pytest.raises(GraphMemoryError, match="80 bytes, 50 are allowed"):
+        capture(lambda: cuda.take(40))
+    with pytest.raises(GraphMemoryError, match="80 of 50 bytes are used"):
+        capture(lambda: cuda.take(0))
 
 
 def test_forms_cover_what_they_are_made_of():
