@@ -78,7 +78,7 @@ def _draw_kernel(
     first,
     V,
 ):
-    block, t = tl.program_id(0) + first // BLOCK, tl.program_id(1).to(tl.int64)
+    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1) + first // BLOCK
     maximum, scale = tl.load(maximum_ptr + t), tl.load(scale_ptr + t)
     threshold, last_id = tl.load(threshold_ptr + t), tl.load(last_id_ptr + t)
     words = block_words(tl.load(seeds_ptr + t), tl.load(positions_ptr + t), block)
@@ -92,7 +92,7 @@ def _draw_kernel(
         score = (logits - maximum) * scale + words_to_gumbel(words[quarter])
         key = tl.where(is_kept & in_row, sort_key(score, v), NO_KEY)
         best = tl.maximum(best, key)
-    tl.store(keys_ptr + t * tl.num_programs(0) + tl.program_id(0), tl.max(best, axis=0))
+    tl.store(keys_ptr + t * tl.num_programs(1) + tl.program_id(1), tl.max(best, axis=0))
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _draw_op(
     config = _launch_config(width, first)
     keys, ids = seeds.new_empty(rows, config.blocks), seeds.new_empty(rows)
     if rows > 0:
-        _draw_kernel[(config.blocks, rows)](
+        _draw_kernel[(rows, config.blocks)](  # CUDA takes 65535 in the second place
             logits,
             maximum,
             scale,

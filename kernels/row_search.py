@@ -58,7 +58,8 @@ def row_limits(
     is_legal = (has_nan == 0) & (tl.abs(maximum) < float("inf"))
     temperature = tl.load(temperature_ptr + t).to(tl.float32)
     is_greedy = (temperature == 0.0) | (is_legal == 0)  # an illegal row needs no search
-    scale = 1.0 / tl.where(is_greedy, 1.0, temperature)
+    # a draw is the same on every device: `/` is approximate on a GPU
+    scale = tl.div_rn(1.0, tl.where(is_greedy, 1.0, temperature))
     k = V
     if HAS_K:
         asked = tl.load(top_k_ptr + t)

@@ -18,7 +18,7 @@ import triton
 from tests.aot import record
 from tests.aot.calls import CALLS
 from tests.aot.machine_code import Facts, narrow_offsets, read_amdgcn, read_sass
-from tests.aot.proof import Row, proven
+from tests.aot.proof import Row, proven, ran
 from tests.aot.record import DAYS, Record, differences, is_due
 from tests.aot.rules import COMPILER_RULES, EXCEPTED, RULES, TARGETS, broken_rules
 from tests.aot.table import TABLE, labels, recorded_version, rendered
@@ -98,6 +98,26 @@ def test_the_table_is_current(rows):
         pytest.skip(OTHER_VERSION)
     assert recorded_version(recorded) == triton.__version__
     assert recorded == current, STALE
+
+
+DIVISIONS = """
+from tests.aot.calls import CALLS
+from tests.aot.launches import variants
+from tests.aot.rules import CHOSEN_FOR, TARGETS
+
+calls = {"row_filter": CALLS["row_filter"]}
+for variant in variants(calls, ["bf16"], [1], [], CHOSEN_FOR["sm_90"]):
+    for line in variant.compile(TARGETS["sm_90"]).asm["ptx"].splitlines():
+        if "div." in line and "f32" in line:
+            print(line.split()[0])
+"""
+
+
+@pytest.mark.timeout(PROOF)
+def test_a_temperature_is_divided_by_exactly():
+    """A draw is the same on every device. `/` compiles to `div.full`, which is off by up to 2 ulp,
+    and the interpreter knows nothing of that. The mass is divided by a power of two (`approx`)."""
+    assert set(ran("-c", DIVISIONS)) == {"div.rn.f32", "div.approx.f32"}
 
 
 def test_every_variant_is_compiled_once_in_sixteen_days():

@@ -57,13 +57,18 @@ def proven(how: str, only: str = "") -> list[Row]:
 
 
 def _proven(target: str, how: str, only: str) -> list[Row]:
+    return [Row(**json.loads(line)) for line in ran("-m", "tests.aot", target, how, only)]
+
+
+def ran(*arguments: str) -> list[str]:
+    """Lines that a Python with these arguments prints, in which Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": "1",
         "TRITON_DEFAULT_FP_FUSION": "1",  # its default changes between versions
     }
-    command = [sys.executable, "-m", "tests.aot", target, how, only]
+    command = [sys.executable, *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, f"{target}: {result.stderr[-3000:]}"
-    return [Row(**json.loads(line)) for line in result.stdout.splitlines()]
+    assert result.returncode == 0, f"{arguments}: {result.stderr[-3000:]}"
+    return result.stdout.splitlines()

@@ -3,7 +3,8 @@
 Regimes: one id, widths around a quarter and a block, several blocks, Llama 4's vocabulary; no
 filter, top-k, top-p, min-p, all of them; greedy rows among others; ties of scores and of logits;
 masked ids; NaN, +inf and nothing but -inf in one row; tiny temperatures; strided rows; the same
-draw whichever rows stand beside it; rows cut into columns; the law of the draws; bad arguments.
+draw whichever rows stand beside it; rows cut into columns; the law of the draws; more rows than a
+grid is high; bad arguments.
 """
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aerie.kernels import draw as module
 from aerie.kernels.choice_key import key_id
 from aerie.kernels.draw import _draw_op, draw, draw_keys, draw_keys_ref, draw_ref
 from aerie.kernels.row_filter import row_filter, row_filter_ref
@@ -88,6 +90,22 @@ def test_greedy_takes_the_lowest_of_the_largest(device):
     logits[0, [900, 2100]] = 4.0
     for op in (draw, draw_ref):
         assert op(logits, kept(logits, 0.0), *keys(2, device)).tolist() == [900, 0]
+
+
+def test_any_number_of_rows_is_a_grid(monkeypatch):
+    """CUDA takes 2^31 - 1 programs in the first place and 65535 in the others."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for kernel in ("_draw_kernel", "_draw_merge_kernel"):
+        monkeypatch.setattr(module, kernel, Recorder())
+    logits = torch.zeros(70_000, 2)
+    draw(logits, kept(logits, 1.0), *keys(70_000, "cpu"))
+    assert grids == [(70_000, 1), (70_000,)]
 
 
 def test_masked_ids_are_never_drawn(device):
