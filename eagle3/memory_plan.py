@@ -15,7 +15,7 @@ from aerie.eagle3.binding import check_fits, tap_layers
 from aerie.eagle3.engine import PREFILL_ROWS
 from aerie.eagle3.logits_rules import RuleColumns
 from aerie.eagle3.planned_pair import DraftPlan, Run, empty_draft, empty_pair, empty_target
-from aerie.eagle3.round_memory import GRAPH_MARGIN, round_bytes
+from aerie.eagle3.round_memory import graph_bytes, round_bytes
 from aerie.eagle3.rows import slack
 from aerie.eagle3.sharded_draft import check_draft_shard
 from aerie.llama4.communicator import shard_of
@@ -190,7 +190,7 @@ class MemoryPlanner:
         return sum(column.nbytes for column in (*columns, *rules.columns))
 
     def _cuda_graphs(self, batch: int) -> int:
-        return GRAPH_MARGIN * _round_bytes(self, batch) if self.run.is_captured else 0
+        return graph_bytes(_round_bytes(self, batch)) if self.run.is_captured else 0
 
     def _activations(self, batch: int) -> int:
         """The larger of a prompt's longest pass and of verifying all sequences at once."""

@@ -2,7 +2,8 @@
 
 A captured round keeps as much for good: the graphs of all size classes share one pool, of which the
 largest class takes the most. Scratch inside a kernel is not seen, nor what the pool loses to
-fragments: `GRAPH_MARGIN` is for that, and no GPU has confirmed it.
+fragments: `GRAPH_MARGIN` is for that, and no GPU has confirmed it. The pool grows by segments, so
+that the graphs of the smallest model take `SEGMENTS`.
 """
 
 import torch
@@ -17,6 +18,12 @@ from aerie.llama4.model import Llama4ForCausalLM
 
 CONTEXT = 64  # tokens of the texts in that round; what it keeps does not grow with them
 GRAPH_MARGIN = 2
+SEGMENTS = (2 + 20) * 2**20  # PyTorch's least: one for tensors up to 1 MiB, one for larger ones
+
+
+def graph_bytes(kept: int) -> int:
+    """What the graphs of rounds that keep so many bytes may take from CUDA."""
+    return GRAPH_MARGIN * (kept + SEGMENTS)
 
 
 @torch.inference_mode()

@@ -51,7 +51,8 @@ def test_the_embedded_pair():
     assert found["cuda_graphs"] == 0
     graphed = json.loads(aerie("plan", "--json", "--dtype", "float32", "--cuda-graphs").stdout)
     assert graphed["total"] == found["total"] + graphed["cuda_graphs"]
-    assert graphed["cuda_graphs"] > 2 * 5 * 1024 * 4  # a row of logits for every row of a round
+    # PyTorch takes 2 MiB from CUDA for small tensors and 20 for others, however small the model
+    assert graphed["cuda_graphs"] > 22 * 2**20
     assert "at most" in aerie("plan", "--cuda-graphs").stdout
     for config in ({"confidence_threshold": 0.5}, {"cost_aware_width": "measured"}):
         own = ("--json", "--cuda-graphs", "--speculative-config", json.dumps(config))
