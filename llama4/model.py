@@ -197,9 +197,11 @@ class Llama4ForCausalLM(Module):
         `logit_rows` (int64) picks the rows whose logits [.., V] are wanted; all if None. The taps
         at `aux_layers`, or if None at those of `set_aux_hidden_state_layers`, are returned for all
         rows. `inputs_embeds_TD`, where images are among the rows, stands in place of the ids'
-        embeddings. Raises ValueError unless there is an id for every row.
+        embeddings. Raises ValueError unless there is an id for every row, and for other layers.
         """
         step.check_ids(input_ids_T)
+        if aux_layers is not None:
+            self._check_aux_layers(aux_layers)
         embeds_TD = inputs_embeds_TD
         if embeds_TD is None:
             embeds_TD = self.model.embed_tokens(input_ids_T)
@@ -247,12 +249,15 @@ class Llama4ForCausalLM(Module):
         Input to layer i is the output of layer i - 1, and `hidden_states[i]` in transformers, whose
         last is normed, as this one never is.
         """
+        self._check_aux_layers(layers)
+        self._aux_layers = tuple(layers)
+
+    def _check_aux_layers(self, layers: Collection[int]) -> None:
         depth = self.config.num_hidden_layers
         if len(set(layers)) != len(layers) or not all(0 <= i <= depth for i in layers):
             raise ValueError(
                 f"layers: must be distinct and within 0..{depth} (inputs of layers), got {layers}"
             )
-        self._aux_layers = tuple(layers)
 
     def get_eagle3_default_aux_hidden_state_layers(self) -> tuple[int, int, int]:
         """(2, N // 2, N - 3): early, middle and late, as EAGLE-3's public heads were trained."""

@@ -170,6 +170,9 @@ def test_rejects_taps_outside(make_pair):
     for layers in ((0, 5), (1, 1), (-1,)):
         with pytest.raises(ValueError, match="distinct and within 0..4"):
             model.set_aux_hidden_state_layers(layers)
+        step = model.allocate_cache(2).causal_step(1)
+        with pytest.raises(ValueError, match="distinct and within 0..4"):
+            model(torch.tensor([1]), step, aux_layers=layers)
 
 
 def test_rejects_ids_that_are_not_one_for_every_row(make_pair):
