@@ -21,28 +21,21 @@ from torch import Tensor, nn
 
 from aerie.eagle3.binding import (
     Shared,
-    check_fits,
     draft_head,
     is_copy,
     sharing_decisions,
-    swap_input_halves,
     tap_layers,
 )
 from aerie.eagle3.checkpoint import (
     OwnParts,
-    check_is_dense,
-    check_is_unquantised,
     optional_tensors,
-    own_parts,
-    read_vocabulary_map,
-    renaming,
-    tensor_names,
 )
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.decoder_layer import Eagle3DecoderLayer
+from aerie.eagle3.draft_files import DraftFiles
 from aerie.eagle3.interface import Target
 from aerie.eagle3.reading import AS_WRITTEN, Reading, log_decisions
-from aerie.eagle3.sharded_draft import check_draft_shard, draft_reader, merged, own_map
+from aerie.eagle3.sharded_draft import draft_reader, merged, own_map
 from aerie.kernels.aux_projection import AuxProjection, JointNorm, TapNorm
 from aerie.kernels.backend import Backend, ResolvedBackend, pick, resolve
 from aerie.kernels.draft_vocab import DraftTokens, draft_vocab, draft_vocab_ref
@@ -52,11 +45,9 @@ from aerie.kernels.module import Module
 from aerie.kernels.rms_norm import RMSNorm
 from aerie.kernels.rotation import Rotation, rotation, rotation_ref
 from aerie.llama4.cache import PagedKVCache
-from aerie.llama4.checkpoint import LoadOptions, Progress, load_weights
+from aerie.llama4.checkpoint import LoadOptions, Progress
 from aerie.llama4.communicator import Communicator, shard_of
-from aerie.llama4.hub import resolve_folder
 from aerie.llama4.image_features import ImageFeatures
-from aerie.llama4.json_fields import read_fields
 from aerie.llama4.kv_plan import PAGE_SIZE
 from aerie.llama4.kv_scales import KVCacheDtype, cache_dtype
 from aerie.llama4.packing import lay_out_for_eager
@@ -162,36 +153,19 @@ class Eagle3Llama4ForCausalLM(Module):
         communicator: Communicator | None = None,
     ) -> "Eagle3Llama4ForCausalLM":
         """Loads a draft that is still to be bound; with a `communicator`, one rank's part of it."""
-        folder, target = resolve_folder(path, revision), target.get_language_model()
-        config = Eagle3Config.from_pretrained(folder, target.config.num_hidden_layers, reading)
-        names = tensor_names(folder)
-        parts, shard = own_parts(names, config), shard_of(communicator)
-        check_fits(config, parts, target.config)
-        check_draft_shard(config, parts, shard)
-        weight = target.lm_head.weight
+        target, shard = target.get_language_model(), shard_of(communicator)
+        files = DraftFiles.of(path, revision, target.config, reading, shard)
+        config, device = files.config, target.lm_head.weight.device
         with torch.device("meta"):
-            draft = cls(config, backend or target.backend, weight.device, parts, communicator)
+            draft = cls(config, backend or target.backend, device, files.parts, communicator)
         if draft.backend == "eager":
             lay_out_for_eager(draft)
-        options = LoadOptions(
-            target.dtype,
-            weight.device,
-            optional_tensors(config),
-            progress=progress,
-            rank_reader=None if communicator is None else draft_reader(config, shard),
-        )
-        read_fields(
-            {
-                "layer": lambda: check_is_dense(names),
-                "weights": lambda: check_is_unquantised(names),
-                "tensors": lambda: load_weights(draft, folder, renaming(parts, config), options),
-                "d2t": lambda: draft.d2t.copy_(read_vocabulary_map(folder, config)),
-            }
-        )
-        if config.reading.input_order == "hidden_first":
-            swap_input_halves(draft.midlayer.self_attn.qkv_proj.weight)
-        log_decisions(config.decisions, folder)
-        log_decisions(sharing_decisions(config, draft.parts, target.config), folder)
+        reader = None if communicator is None else draft_reader(config, shard)
+        optional = optional_tensors(config)
+        options = LoadOptions(target.dtype, device, optional, progress=progress, rank_reader=reader)
+        files.load_into(draft, options)
+        log_decisions(config.decisions, files.folder)
+        log_decisions(sharing_decisions(config, draft.parts, target.config), files.folder)
         return draft
 
     def bind(self, target: Target, shared: Shared | None = None) -> None:
