@@ -93,7 +93,8 @@ class ConfigFields:
 
     @property
     def rope(self) -> RopeConfig:
-        return read_rope(self.flat.values, DEFAULT_ROPE_THETA, may_be_yarn=True)
+        written = read_rope(self.flat.values, DEFAULT_ROPE_THETA, may_be_yarn=True)
+        return RopeConfig(written.theta, None) if self.reading.rope_scaling == "none" else written
 
     @property
     def eps(self) -> float:

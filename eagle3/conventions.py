@@ -175,7 +175,7 @@ def yarn_decisions(flat: FlatConfig, yarn: YarnScaling | None) -> tuple[Decision
     choice = f"yarn, {yarn.factor:g} times {yarn.original_max_position_embeddings} positions"
     reason = f"scores times {yarn.score_factor:.3g}"
     if flat.format == "ModelOpt":
-        reason += "; its exporter adds that to drafts trained without"
+        reason += "; its exporter adds that to drafts trained without: `aerie probe` tells"
     return (Decision("rope scaling", choice, reason, logging.INFO),)
 
 

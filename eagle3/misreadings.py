@@ -29,6 +29,8 @@ def candidates(draft: Eagle3Llama4ForCausalLM, target: Llama4ForCausalLM) -> Ite
     if layout is not None:
         other = "half" if layout == "interleaved" else "interleaved"
         yield Candidate(f"RoPE pairs read as {layout}", replace(base, rotary_layout=other))
+    if layout is not None and (config.rope.scaling or config.rope.yarn):
+        yield Candidate("RoPE scaled as the file says", replace(base, rope_scaling="none"))
     before, output = config.norm_before_residual, config.norm_output
     shown = f"norm_before_residual read as {str(before).lower()}"
     yield Candidate(shown, replace(base, norm_before_residual=not before))

@@ -16,6 +16,7 @@ TapConvention = Literal["output_of", "input_to"]  # id i: output of layer i; or 
 InputOrder = Literal["embedding_first", "hidden_first"]
 VocabularyMap = Literal["offsets", "target_ids", "membership", "identity"]
 HeadSource = Literal["own", "target"]
+RopeScaling = Literal["none"]
 DraftMultimodal = Literal["merged", "text"]
 
 logger = logging.getLogger("aerie.eagle3")
@@ -47,7 +48,8 @@ class Reading:
 
     `vocabulary_map` says what `d2t` holds: offsets to the draft id (the published format), target
     ids, nothing of use beside `t2d` ("membership"), or nothing at all ("identity"). `lm_head`
-    "target" cuts the head out of the target's; "own" insists on one in the file. Behind an image a
+    "target" cuts the head out of the target's; "own" insists on one in the file. `rope_scaling`
+    "none" leaves out a scaling that an exporter added to a draft trained without. Behind an image a
     draft sees the target's features ("merged", the default) or, trained on text only, the
     placeholders' own embeddings ("text"): `draft_multimodal`.
     """
@@ -61,6 +63,7 @@ class Reading:
     vocabulary_map: VocabularyMap | None = None
     lm_head: HeadSource | None = None
     draft_multimodal: DraftMultimodal | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():
@@ -101,6 +104,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vocabulary_map": get_args(VocabularyMap),
     "lm_head": get_args(HeadSource),
     "draft_multimodal": get_args(DraftMultimodal),
+    "rope_scaling": get_args(RopeScaling),
 }
 KEYS = tuple(field.name for field in fields(Reading))
 AS_WRITTEN = Reading()

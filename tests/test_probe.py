@@ -85,6 +85,7 @@ def lose_offsets(tensors) -> None:
     tensors["d2t"] *= 0
 
 
+YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 2048}
 # changes of the config and tensors -> the fault to be named, the override to be advised
 BREAKS = {
     "taps one layer early": (
@@ -94,6 +95,10 @@ BREAKS = {
     "RoPE pairs": (
         ({}, each("qk", interleave)),
         ("RoPE pairs read as half", {"rotary_layout": "interleaved"}),
+    ),
+    "RoPE scaling": (  # of ModelOpt's exporter, for a draft that was trained without
+        ({"rope_scaling": YARN}, lambda tensors: None),
+        ("RoPE scaled as the file says", {"rope_scaling": "none"}),
     ),
     "norm_before_residual": (
         ({"norm_before_residual": True}, lambda tensors: None),

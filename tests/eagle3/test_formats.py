@@ -6,6 +6,7 @@ target's; overrides of what a file says.
 """
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -234,6 +235,13 @@ def test_interleaved_pairs_in_a_llama_layer(draft_files, make_target, tmp_path, 
 
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama4"])
@@ -252,6 +260,16 @@ def test_yarn_of_modelopt_is_said(draft_files, load_draft, caplog):
     assert (
         "rope scaling: yarn, 32 times 64 positions (scores times 1.81; its exporter" in caplog.text
     )
+
+
+@pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=lambda scaling: scaling["rope_type"])
+def test_a_scaling_can_be_left_out(scaling, draft_files, make_target, tmp_path, check_logits):
+    target, plain = make_target(), draft_files("llama")
+    scaled = replace(plain, config={**plain.config, "rope_scaling": scaling})
+    folder = scaled.write(tmp_path / "scaled")
+    check_logits(load_draft_(folder, target, rope_scaling="none"), plain, target)
+    with pytest.raises(AssertionError):
+        check_logits(load_draft(folder, target), plain, target)
 
 
 def test_a_head_tied_to_the_drafts_embedding_is_not_taken_for_the_targets(
