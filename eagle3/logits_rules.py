@@ -20,6 +20,7 @@ from aerie.eagle3.choice_form import NO_RULES, RuleForm
 from aerie.eagle3.prefixes import Prefixes
 from aerie.eagle3.sampling import SamplingParams
 from aerie.llama4.kv_pool import rows_of
+from aerie.llama4.upload import upload
 
 ANY = -2  # stands before a bad word's beginning where others have a longer one; no id
 
@@ -112,7 +113,7 @@ class RuleColumns:
         if params.logit_bias:
             ids, values = zip(*params.logit_bias.items(), strict=True)
             padded_X = torch.zeros(elsewhere + 1, device=self._device)
-            values_A = torch.tensor(values, dtype=torch.float32, device=self._device)
+            values_A = upload(values, torch.float32, self._device)
             padded_X[self._at(self._whole(ids))] = values_A
             self._bias_BV[row] = padded_X[:elsewhere]
         for number, (*beginning, last) in enumerate(params.bad_words_ids):
@@ -122,7 +123,7 @@ class RuleColumns:
             self._ends_BE[row, : len(ends)] = self._at(self._whole(sorted(ends)))
 
     def _whole(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(list(ids), dtype=torch.int64, device=self._device)
+        return upload(list(ids), torch.int64, self._device)
 
     def _at(self, ids: Tensor) -> Tensor:
         """Columns of ids; those of other ranks share the one behind the last."""

@@ -27,6 +27,7 @@ from aerie.llama4.communicator import agreed, from_first
 from aerie.llama4.kv_plan import PAGE_SIZE, pages_in_pool
 from aerie.llama4.kv_scales import KVCacheDtype
 from aerie.llama4.model import Llama4ForCausalLM
+from aerie.llama4.upload import upload
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Rows:
         self.batch.leave(row)
 
     def ids(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        return upload(tokens, torch.int64, self.device)
 
     def _caches(
         self, pair: Pair, slots: int, num_pages: int

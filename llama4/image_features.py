@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aerie.llama4.upload import upload
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -65,7 +67,7 @@ class ImageFeatures:
         first = bisect_left(self.positions, start)
         last = bisect_left(self.positions, start + len(embeds_TD))
         rows = [position - start for position in self.positions[first:last]]
-        rows_F = torch.tensor(rows, dtype=torch.int64, device=embeds_TD.device)
+        rows_F = upload(rows, torch.int64, embeds_TD.device)
         return embeds_TD.index_copy(0, rows_F, self.rows_FD[first:last].to(embeds_TD))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aerie.llama4.kv_plan import PoolPlan
+from aerie.llama4.upload import upload
 
 
 class KVPool:
@@ -128,7 +129,7 @@ class KVPool:
 
     def _set(self, sequence: int, pages: list[int]) -> None:
         self._pages[sequence] = pages
-        pages_M = torch.tensor(pages, dtype=torch.int32, device=self.k_LRCGK.device)
+        pages_M = upload(pages, torch.int32, self.k_LRCGK.device)
         self.page_table_BM[sequence, : len(pages)] = pages_M
         offsets_C = torch.arange(self.page_size, device=pages_M.device)
         slots_MC = pages_M.long()[:, None] * self.page_size + offsets_C

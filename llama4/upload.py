@@ -1,0 +1,16 @@
+"""Numbers of the host on their way to the device, without a wait for what runs there.
+
+A copy from memory that is not pinned waits until the stream has come to it: a request that joins
+running ones would stop them. PyTorch keeps a pinned buffer until its copy is done.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device) -> Tensor:
+    """`values` as a tensor of `dtype` on `device`."""
+    is_gpu = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=is_gpu).to(device, non_blocking=is_gpu)
