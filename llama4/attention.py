@@ -79,7 +79,7 @@ class Attention(PackedModule):
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
         )
-        attended_TD = attended_THK.reshape(len(attended_THK), spec.num_heads * spec.head_dim)
+        attended_TD = attended_THK.reshape(qkv_TF.shape[0], spec.num_heads * spec.head_dim)
         return self.o_proj(attended_TD, step.quantises_rows)
 
     def _at(self, rows: TreeRows) -> Temperature | None:
