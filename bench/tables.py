@@ -133,7 +133,7 @@ def generate_markdown(results: Sequence[dict[str, Any]]) -> str:
         if speeds:
             (first, _, info), *_ = speeds
             base, against = info["tokens_per_second"], f"x {_provider(first)}"
-            parts += [f"{where([info for _, _, info in speeds])}, medians:\n"]
+            parts += ["", f"{where([info for _, _, info in speeds])}, medians:\n"]
             body = [_generate_cells(name, info, base) for name, _, info in speeds]
             parts += [markdown(("", "tokens/s", against, "acceptance length"), body)]
         accepted = [
@@ -153,7 +153,7 @@ def generate_markdown(results: Sequence[dict[str, Any]]) -> str:
                 f"{info['batch_tokens_per_second']:.0f} tokens/s, {info['batch_ratio']:.2f} times "
                 f"one by one."
             ]
-    return "\n".join(parts)
+    return "\n".join(parts).strip()
 
 
 def _generate_cells(name: str, info: dict[str, Any], base: float) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from aerie.cli import app
 
 SECONDS = 30  # from the death of a rank to the end of the job
-COMMAND = [
-    sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "aerie",
-    "generate", "--device", "cpu", "--tensor-parallel-size", "2", "--prompt", "The with statement",
+COMMAND = [  # standalone: a port of its own, as these tests run beside each other
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+    "-m", "aerie", "generate", "--device", "cpu", "--tensor-parallel-size", "2",
+    "--prompt", "The with statement",
 ]  # fmt: skip
 
 
