@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device) -> Tensor:
-    """`values` as a tensor of `dtype` on `device`."""
+    """`values` as a tensor of `dtype` on `device`, whatever PyTorch's default device is."""
     is_gpu = torch.device(device).type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=is_gpu).to(device, non_blocking=is_gpu)
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=is_gpu)
+    return host.to(device, non_blocking=is_gpu)

@@ -17,12 +17,18 @@ def test_is_the_list(values, dtype, device):
         assert there.tolist() == values
 
 
+def test_a_default_device_changes_nothing():
+    """Where it is a GPU, there would be nothing to pin: only memory of the host can be."""
+    with torch.device("meta"):
+        assert upload([3, 5], torch.int64, "cpu").tolist() == [3, 5]
+
+
 def test_a_gpu_is_not_waited_for(monkeypatch):
     asked = []
 
     class Host:
-        def __init__(self, values, dtype, pin_memory) -> None:
-            asked.append(("pinned", pin_memory))
+        def __init__(self, values, dtype, device, pin_memory) -> None:
+            asked.append((device, "pinned", pin_memory))
 
         def to(self, device, non_blocking):
             asked.append((device, non_blocking))
@@ -30,7 +36,7 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr(torch, "tensor", Host)
     upload([1], torch.int64, "cuda:1")
-    assert asked == [("pinned", True), ("cuda:1", True)]
+    assert asked == [("cpu", "pinned", True), ("cuda:1", True)]
 
 
 @pytest.mark.gpu
