@@ -75,13 +75,17 @@ class Pair:
 
 
 def _check_was_not_moved(draft: Eagle3Llama4ForCausalLM, target: Llama4ForCausalLM) -> None:
-    """Raises ValueError where `.to` was asked of one of the two: their tensors meet."""
-    own, its = draft.fc.weight, target.model.norm.weight
-    if (own.dtype, own.device) != (its.dtype, its.device):
-        raise ValueError(
-            f"draft: is {own.dtype} on {own.device}, the target {its.dtype} on {its.device}; move "
-            f"both alike, then call draft.bind(target)"
-        )
+    """Raises ValueError where `.to` was asked of one of the two, or left a cut head behind: their
+    tensors meet."""
+    meeting = [(draft.fc.weight, target.model.norm.weight)]
+    if not draft.parts.head:  # cut out of the target's, so that neither's `.to` moves it
+        meeting.append((draft.lm_head.weight, target.lm_head.weight))
+    for own, its in meeting:
+        if (own.dtype, own.device) != (its.dtype, its.device):
+            raise ValueError(
+                f"draft: is {own.dtype} on {own.device}, the target {its.dtype} on {its.device}; "
+                f"move both alike, then call draft.bind(target)"
+            )
 
 
 def lag_on(device: torch.device) -> int:

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from aerie.eagle3.decoding import Decoding
+from aerie.eagle3.draft import Eagle3Llama4ForCausalLM
 from aerie.eagle3.drafter import ChainDrafter
 from aerie.eagle3.generate import generate
 from aerie.eagle3.interface import SupportsEagle3
+from aerie.eagle3.reading import Reading
 from aerie.llama4.json_fields import CheckpointError
 
 # few tokens and many prompts, so that a random draft is accepted often enough to tell taps apart
@@ -96,6 +98,18 @@ def test_rejects_a_pair_of_which_one_was_moved(make_target, make_draft):
     with pytest.raises(ValueError, match="is torch.float32 on cpu, the target torch.float64"):
         generate(target, PROMPT, COUNT, draft)
     draft.to(torch.float64)
+    draft.bind(target)
+    assert len(generate(target, PROMPT, COUNT, draft, eos_token_ids=()).tokens) == COUNT
+
+
+def test_rejects_a_pair_whose_cut_head_was_left_behind(make_target, draft_files, tmp_path):
+    target, reading = make_target(), Reading(lm_head="target")
+    folder = draft_files("llama").write(tmp_path / "draft")
+    draft = Eagle3Llama4ForCausalLM.from_pretrained(folder, target, reading=reading)
+    target.to(torch.float64)
+    draft.to(torch.float64)
+    with pytest.raises(ValueError, match=r"is torch.float32 .*call draft\.bind\(target\)"):
+        generate(target, PROMPT, COUNT, draft)
     draft.bind(target)
     assert len(generate(target, PROMPT, COUNT, draft, eos_token_ids=()).tokens) == COUNT
 
