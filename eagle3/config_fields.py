@@ -174,8 +174,10 @@ class ConfigFields:
             *flat.decisions,
             *read_norm_output(flat, self.reading).decisions,
         ]
-        if self.attention().rotary_layout is not None:
-            found += [*rope_decisions(flat, self.rope.theta), *yarn_decisions(flat, self.rope.yarn)]
+        attention = self.attention()
+        if attention.rotary_layout is not None:
+            found += rope_decisions(flat, self.rope.theta)
+            found += yarn_decisions(flat, self.rope.yarn, attention.score_factor)
         if flat.values.get("rms_norm_eps") is None:
             reason = "the config names none; transformers' own for this layer kind"
             found.append(Decision("rms_norm_eps", f"{self.eps:g}", reason, logging.INFO))

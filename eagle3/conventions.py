@@ -168,12 +168,14 @@ def rope_decisions(flat: FlatConfig, theta: float) -> tuple[Decision, ...]:
     return (Decision("rope_theta", f"{theta:g}", "the top level" if nested is None else key),)
 
 
-def yarn_decisions(flat: FlatConfig, yarn: YarnScaling | None) -> tuple[Decision, ...]:
+def yarn_decisions(
+    flat: FlatConfig, yarn: YarnScaling | None, score_factor: float
+) -> tuple[Decision, ...]:
     """ModelOpt trains without YaRN and exports with it; the file is followed, as by servers."""
     if yarn is None:
         return ()
     choice = f"yarn, {yarn.factor:g} times {yarn.original_max_position_embeddings} positions"
-    reason = f"scores times {yarn.score_factor:.3g}"
+    reason = f"scores times {score_factor:.3g}"
     if flat.format == "ModelOpt":
         reason += "; its exporter adds that to drafts trained without: `aerie probe` tells"
     return (Decision("rope scaling", choice, reason, logging.INFO),)

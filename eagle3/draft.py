@@ -26,10 +26,7 @@ from aerie.eagle3.binding import (
     sharing_decisions,
     tap_layers,
 )
-from aerie.eagle3.checkpoint import (
-    OwnParts,
-    optional_tensors,
-)
+from aerie.eagle3.checkpoint import OwnParts, optional_tensors
 from aerie.eagle3.config import Eagle3Config
 from aerie.eagle3.decoder_layer import Eagle3DecoderLayer
 from aerie.eagle3.draft_files import DraftFiles

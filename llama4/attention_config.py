@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aerie.kernels.rope import Layout
 from aerie.kernels.rotation import Llama3Scaling, inverse_frequencies
-from aerie.llama4.json_fields import CheckpointError, flag, integer, number
+from aerie.llama4.json_fields import CheckpointError, flag, integer, number, section
 from aerie.llama4.yarn import YarnScaling, read_yarn, yarn_frequencies
 
 
@@ -80,6 +80,7 @@ def read_rope(
         raise CheckpointError(f"config key 'rope_parameters': one flat section, got {nested}")
     for part in (values, nested):
         _check_whole_heads(part)
+    _check_one_scaling(values)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta, None)
@@ -102,6 +103,18 @@ def read_rope(
             f"high_freq_factor {scaling.high_freq_factor}"
         )
     return RopeConfig(theta, scaling)
+
+
+def _check_one_scaling(values: Mapping[str, Any]) -> None:
+    """Of two sections transformers 5.23 takes `rope_scaling`, and `read_rope` the other: without a
+    word, a model would be read with another scaling than its trainer's."""
+    sections = [section(values, key) for key in ("rope_parameters", "rope_scaling")]
+    new, old = ({k: v for k, v in part.items() if k != "rope_theta"} for part in sections)
+    if all(sections) and new != old:
+        raise CheckpointError(
+            f"config keys 'rope_parameters' and 'rope_scaling': must say the same where both are "
+            f"there, got {new!r:.200} and {old!r:.200}; remove the one that was not trained with"
+        )
 
 
 def _check_whole_heads(values: Mapping[str, Any]) -> None:

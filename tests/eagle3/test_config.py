@@ -188,6 +188,14 @@ REJECTED = {
         "rope_parameters",
         "flat",
     ),
+    "two rope sections": (
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+            "rope_scaling": WHOLE_YARN,
+        },
+        "'rope_parameters' and 'rope_scaling'",
+        "remove the one",
+    ),
     "rope bands crossed": ({"rope_scaling": CROSSED}, "low_freq_factor", "high_freq_factor 1.0"),
     "part of a head": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor", "0.25"),
     "part of a head, nested": (  # AngelSlim's head for Qwen3.5-9B, of whose heads a quarter turns

@@ -254,12 +254,13 @@ def test_yarn(changes, kind, draft_files, make_target, load_draft, check_logits)
     check_logits(load_draft(files, target), files, target)
 
 
-def test_yarn_of_modelopt_is_said(draft_files, load_draft, caplog):
+@pytest.mark.parametrize(("kind", "factor"), [("llama", "1.81"), ("llama4", "1")])
+def test_yarn_of_modelopt_is_said(kind, factor, draft_files, load_draft, caplog):
+    """Llama 4's layer normalises queries and keys behind RoPE, which undoes the factor."""
     caplog.set_level(logging.INFO, "aerie")
-    load_draft(as_modelopt(draft_files("llama", rope_scaling=YARN)))
-    assert (
-        "rope scaling: yarn, 32 times 64 positions (scores times 1.81; its exporter" in caplog.text
-    )
+    load_draft(as_modelopt(draft_files(kind, rope_scaling=YARN)))
+    said = f"rope scaling: yarn, 32 times 64 positions (scores times {factor}; its exporter"
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=lambda scaling: scaling["rope_type"])
