@@ -40,6 +40,7 @@ from tests.test_policies import random_policy
 from tests.test_sampled_lossless import random_params
 
 VOCAB = 33
+NUMBERS = 64  # bytes
 CASES = {2: 8, 4: 2}  # by ranks; a collective waits for every rank's turn on a busy machine
 
 
@@ -166,12 +167,12 @@ def check(per_rank: list[list[tuple]]) -> None:
 
 
 def tensor_bytes() -> int:
-    """Of all tensors that are alive in this process, storages counted once."""
+    """Of all tensors that are alive in this process, storages counted once; but for numbers, which
+    gloo's threads hold on to for a while after the ranks have agreed on them."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
-    return sum(
-        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
-    )
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(size for size in sizes.values() if size > NUMBERS)
 
 
 def embedded_bytes(group, draft_size: int) -> tuple[int, int]:
@@ -197,8 +198,7 @@ def test_who_holds_what(two_ranks):
     assert draft_bytes <= alone - embedding < 1.01 * draft_bytes + 10_000
     assert nothing == 0
     (_, one), (_, other) = two_ranks(embedded_bytes, 2)
-    assert max(one, other) < 0.75 * draft_bytes  # fc is whole on both
-    assert abs(one - other) <= 8  # gloo's thread may still hold the number that was agreed on last
+    assert one == other < 0.75 * draft_bytes  # fc is whole on both
 
 
 def embedded_texts(group, prompts: list[list[int]], draft_size: int) -> list[tuple]:
