@@ -25,7 +25,7 @@ from aerie.llama4.model import Llama4ForCausalLM
 from aerie.text import load_tokenizer
 
 NEW_TOKENS = 128
-BATCH, BATCH_REPEATS = 8, 3  # prompts side by side; runs of each kind, in alternation
+BATCH, BATCH_REPEATS = 8, 7  # prompts side by side; runs of each kind, in alternation
 REPEATS = 2  # of all prompts
 POLICIES = {
     "plain": None,
