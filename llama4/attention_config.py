@@ -109,12 +109,18 @@ def _check_one_scaling(values: Mapping[str, Any]) -> None:
     """Of two sections transformers 5.23 takes `rope_scaling`, and `read_rope` the other: without a
     word, a model would be read with another scaling than its trainer's."""
     sections = [section(values, key) for key in ("rope_parameters", "rope_scaling")]
-    new, old = ({k: v for k, v in part.items() if k != "rope_theta"} for part in sections)
+    new, old = (_without_theta(part) for part in sections)
     if all(sections) and new != old:
         raise CheckpointError(
             f"config keys 'rope_parameters' and 'rope_scaling': must say the same where both are "
             f"there, got {new!r:.200} and {old!r:.200}; remove the one that was not trained with"
         )
+
+
+def _without_theta(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling of a section; "type" is the older name of its "rope_type"."""
+    names = {"type": "rope_type"}
+    return {names.get(key, key): value for key, value in part.items() if key != "rope_theta"}
 
 
 def _check_whole_heads(values: Mapping[str, Any]) -> None:

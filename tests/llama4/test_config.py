@@ -100,8 +100,12 @@ def test_temperature_flag_may_be_an_integer(tuning):
         {"rope_theta": 9.0, "rope_scaling": LLAMA3},
         {"rope_theta": 9, "rope_scaling": {**SCALING, "type": "llama3"}},
         {"rope_parameters": {**LLAMA3, "rope_theta": 9.0}},
+        {
+            "rope_parameters": {**LLAMA3, "rope_theta": 9.0},
+            "rope_scaling": {**SCALING, "type": "llama3"},
+        },
     ],
-    ids=["transformers 4", "older type key", "transformers 5"],
+    ids=["transformers 4", "older type key", "transformers 5", "both, alike"],
 )
 def test_rope_layouts(changes):
     rope = read(**changes).rope
