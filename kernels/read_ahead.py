@@ -1,8 +1,8 @@
 """Reading a small matrix in order before a CPU multiplies few rows by it, where that pays.
 
-For few rows MKL may read the weights in an order that memory answers at 5 to 8 GB/s; a sum, which
-nobody needs, reads them at 25, and the product then finds them in the core's cache. On other
-machines both are as fast as memory and the sum is lost time, so that it is measured, once.
+For few rows MKL may read the weights in an order that memory answers slowly; a sum, which nobody
+needs, reads them in order, and the product then finds them in the core's cache. On other machines
+both are as fast as memory and the sum is lost time, so that it is measured, once.
 Nothing is computed from the sum: results are the same either way.
 """
 

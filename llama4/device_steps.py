@@ -30,8 +30,8 @@ Built = TypeVar("Built")
 def kept_for_rounds(
     build: Callable[Concatenate[int, Others], Built],
 ) -> Callable[Concatenate[int, Others], Built]:
-    """`build` of a count, once for every count that a round can have; anew for that of a prompt,
-    of which there are too many to keep."""
+    """`build` of a count, once for every count that a tree can have; anew for larger ones, such as
+    a prompt's, of which there are too many to keep. What a capture builds anew is in its graph."""
     built = torch.inference_mode(False)(build)
     kept = cache(built)
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device) -> Tensor:
+def upload(
+    values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
     """`values` as a tensor of `dtype` on `device`, whatever PyTorch's default device is."""
     is_gpu = torch.device(device).type == "cuda"
     host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=is_gpu)
